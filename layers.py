@@ -1,0 +1,162 @@
+"""The layers, written by hand: names, arguments, parameter shapes and results are those of torch.nn.
+
+forward() is plain tensor arithmetic, so autograd can differentiate it. backward(g) is the same gradient
+worked out by hand, twice as fast as autograd's walk through each operation: from g = dL/dy of the last
+forward() it sets .grad of the layer's own parameters and returns dL/dx.
+"""
+
+import torch
+from torch import nn
+
+
+def keep(layer, *tensors):
+    """Keep in `layer` what its backward() needs. Under autograd, or in eval mode, nothing is needed."""
+    if layer.training and not torch.is_grad_enabled():
+        layer.__dict__["kept"] = tensors  # past nn.Module's slow search for parameters
+
+
+class Embedding(nn.Module):
+    """One learnt vector for each index: (...) int64 -> (..., embedding_dim).
+
+    The distributed representation of Bengio et al., "A Neural Probabilistic Language Model", 2003.
+    Raises IndexError for an index outside 0 ... num_embeddings - 1.
+    """
+
+    def __init__(self, num_embeddings, embedding_dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_embeddings, embedding_dim))
+
+    def forward(self, index):
+        return self.weight.index_select(0, index.reshape(-1)).view(*index.shape, -1)
+
+    def extra_repr(self):
+        return "{}, {}".format(*self.weight.shape)
+
+
+class FlattenConsecutive(nn.Module):
+    """Join n neighbours: (B, T, C) -> (B, T/n, C*n), and (B, C*n) when T/n is 1.
+
+    Stacked with n = 2 it makes the tree of dilated convolutions of WaveNet, arXiv:1609.03499.
+    Raises ValueError when T is not a multiple of n.
+    """
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
+    def forward(self, x):
+        B, T, C = x.shape
+        keep(self, B, T, C)
+        if T == 0 or T % self.n:
+            raise ValueError(f"{T} positions cannot be joined in groups of {self.n}")
+        return x.reshape(B, C * T) if T == self.n else x.reshape(B, T // self.n, C * self.n)
+
+    def backward(self, g):
+        return g.view(self.kept)
+
+    def extra_repr(self):
+        return f"{self.n}"
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias: (..., in_features) -> (..., out_features)."""
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        # Dividing by sqrt(in_features) keeps the variance of what comes in: Kaiming, arXiv:1502.01852.
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / in_features**0.5)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x):
+        keep(self, x)
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+    def backward(self, g):
+        # y[r, o] = sum_i weight[o, i] x[r, i] + bias[o], so each factor's gradient is g times the other.
+        (x,) = self.kept
+        g_rows = g.view(-1, self.out_features)
+        self.weight.grad = g_rows.T @ x.view(-1, self.in_features)
+        if self.bias is not None:
+            self.bias.grad = g_rows.sum(0)
+        return g @ self.weight
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class BatchNorm1d(nn.Module):
+    """Each channel to mean 0 and variance 1 over the batch, then scaled and shifted; arXiv:1502.03167.
+
+    (B, C) or (B, T, C), shape kept; the latter is normalised over B and T together. In training the
+    running statistics move towards the batch's by `momentum` (None: they are the mean over all batches);
+    in eval mode they are what normalises. With `counts` (B,), floats, row b of (B, C) stands for
+    counts[b] equal rows. Raises ValueError for other shapes, and in training for one value a channel.
+    """
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1):
+        super().__init__()
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x, counts=None):
+        if x.dim() == 3:
+            return self.forward(x.flatten(0, 1)).view(x.shape)
+        if x.dim() != 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels in (B, C) or (B, T, C), got {tuple(x.shape)}")
+        weight, bias = self.weight, self.bias
+        if not self.training:
+            return (x - self.running_mean) * (weight * (self.running_var + self.eps).rsqrt()) + bias
+        if counts is None:
+            counts = x.new_ones(len(x))
+        total = counts.sum()
+        n = total.item()
+        if n < 2:
+            raise ValueError("one value a channel has no variance: train on at least two")
+        share = counts / total
+        mean = share @ x
+        centred = x - mean
+        var = share @ centred.square()
+        rstd = (var + self.eps).rsqrt()
+        x_hat = centred * rstd
+        keep(self, x_hat, rstd, share)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            momentum = self.momentum or 1 / self.num_batches_tracked.item()
+            self.running_mean.lerp_(mean, momentum)
+            # The biased variance normalises; the unbiased one is the estimate for data not yet seen.
+            self.running_var.lerp_(var * (n / (n - 1)), momentum)
+        return torch.addcmul(bias, x_hat, weight)
+
+    def backward(self, g):
+        if g.dim() == 3:
+            return self.backward(g.flatten(0, 1)).view(g.shape)
+        # x[r] moves y[r] directly, and every y through mean and var. With s[r] the share of row r in both,
+        # dL/dx[r] = weight * rstd * (g[r] - s[r] * (sum g + x_hat[r] * sum(g * x_hat))).
+        x_hat, rstd, share = self.kept
+        weight, bias = self.weight, self.bias
+        bias.grad = sum_g = g.sum(0)
+        weight.grad = sum_gx = (g * x_hat).sum(0)
+        through_all = torch.addcmul(sum_g, x_hat, sum_gx)
+        return torch.addcmul(g, through_all, share.unsqueeze(1), value=-1) * (weight * rstd)
+
+    def extra_repr(self):
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class Tanh(nn.Module):
+    """(e^x - e^-x) / (e^x + e^-x), value by value."""
+
+    def forward(self, x):
+        y = torch.tanh(x)
+        keep(self, y)
+        return y
+
+    def backward(self, g):
+        (y,) = self.kept
+        return torch.addcmul(g, g * y, y, value=-1)  # tanh' = 1 - tanh^2

@@ -1,0 +1,182 @@
+"""Print new names, drawn character by character from a trained model."""
+
+import argparse
+import math
+import os
+import sys
+from contextlib import suppress
+from itertools import islice, takewhile
+
+import torch
+
+from layers import BatchNorm1d, Linear
+from model import END, load, read_names
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+BATCH = 4096  # names drawn at once
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line on stderr and exit status 2 for any error."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number of `kind`, low <= number <= high. For floats both ends are open."""
+
+    def parse(text):
+        with suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high if kind is int else low < value < high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number from' if kind is int else 'number between'} {low} {'to' if kind is int else 'and'} {high}")
+
+    return parse
+
+
+def fold(net):
+    """The network for sampling: (embedding (V, C), [(left, right, bias) a level], (weight, bias)).
+
+    In eval mode BatchNorm1d is a scale and a shift, so it folds into the Linear before it. That Linear's
+    matrix is cut in two: what it does to the left one of a pair, and what to the right one.
+    """
+    embedding, *layers, head = net
+    levels = []
+    for layer in layers:
+        if isinstance(layer, Linear):
+            weight = layer.weight
+        elif isinstance(layer, BatchNorm1d):
+            scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
+            left, right = (weight * scale.unsqueeze(1)).T.chunk(2)
+            levels.append((left.contiguous(), right.contiguous(), layer.bias - layer.running_mean * scale))
+    return embedding.weight, levels, (head.weight.T, head.bias)
+
+
+class Prefixes:
+    """The distinct beginnings of the names being drawn, and the logits (N, V) of what follows each.
+
+    A level's output at a character depends on two outputs of the level below: at that character and
+    2^level characters before. So each character costs one row a level, when the rows of the last
+    2^level characters are kept: Fast WaveNet, arXiv:1611.09482. Here a row is kept for each distinct
+    beginning, with `ancestor` telling the older rows which of them is whose.
+    """
+
+    def __init__(self, net):
+        embedding, self.levels, self.head = fold(net)
+        self.embedding = embedding
+        self.padding = [embedding[:1]]  # a level's output where only padding is seen
+        for left, right, bias in self.levels:
+            x = self.padding[-1]
+            self.padding.append(torch.tanh(x @ left + x @ right + bias))
+        self.past = []  # of the last characters, newest first: (ancestor (N,), the rows of each level)
+        self.logits = self.padding[-1] @ self.head[0] + self.head[1]
+
+    def extend(self, parent, codes):
+        """Go on from beginning parent[i] with character codes[i]; both (N,) int64."""
+        self.past = [(ancestor[parent], rows) for ancestor, rows in self.past]
+        x, rows = self.embedding[codes], []
+        for level, (left, right, bias) in enumerate(self.levels):
+            rows.append(x)
+            distance = 2**level
+            if distance <= len(self.past):
+                ancestor, older = self.past[distance - 1]
+                before = older[level][ancestor] @ left
+            else:
+                before = self.padding[level] @ left
+            x = torch.tanh(before + x @ right + bias)
+        self.past.insert(0, (torch.arange(len(codes)), rows))
+        del self.past[2 ** (len(self.levels) - 1) :]
+        self.logits = x @ self.head[0] + self.head[1]
+
+
+@torch.no_grad()
+def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=50):
+    """n names, str, that begin with `start`: each character drawn from softmax(logits / temperature).
+
+    With top_k, only from the top_k likeliest. A name ends at END or when it is max_length characters long.
+    Raises ValueError when `start` holds END or a character that the model does not know.
+    """
+    if END in start:
+        raise ValueError(f"a name cannot hold {END!r}, which marks its end")
+    prefixes = Prefixes(net)
+    for code in vocab.encode(start):
+        prefixes.extend(torch.tensor([0]), torch.tensor([code]))
+    which = torch.zeros(n, dtype=torch.int64)  # the beginning that a name has come to
+    alive = torch.arange(n)  # the names that have not ended
+    columns = []
+    for position in range(len(start), max_length):
+        logits = prefixes.logits.double()
+        if position == 0:
+            logits[:, 0] = -math.inf  # a name has at least one character
+        if top_k is not None and top_k < len(vocab):
+            logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+        # With the highest logit at 0, no temperature makes the softmax overflow.
+        chances = ((logits - logits.max(1, keepdim=True).values) / temperature).softmax(1)
+        codes = torch.multinomial(chances[which], 1).squeeze(1)
+        columns.append(torch.zeros(n, dtype=torch.int64).index_copy_(0, alive, codes))
+        which, alive, codes = (x[codes != 0] for x in (which, alive, codes))
+        if not len(alive):
+            break
+        keys, which = torch.unique(which * len(vocab) + codes, return_inverse=True)
+        prefixes.extend(keys // len(vocab), keys % len(vocab))
+    text = torch.stack(columns, 1).tolist() if columns else [()] * n
+    return [start + vocab.decode(takewhile(bool, codes)) for codes in text]
+
+
+def new_names(draw, known):
+    """Names from draw(), a function that returns a list of them, that are not `known`, each once.
+
+    It ends after a hundred draws in a row that bring nothing new.
+    """
+    seen, dry = set(known), 0
+    while dry < 100:
+        dry += 1
+        for name in draw():
+            if name not in seen:
+                seen.add(name)
+                dry = 0
+                yield name
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("-n", "--num-samples", type=number(int, 1, 10**9), default=20, help="how many names (20)")
+    parser.add_argument("--model", default=os.path.join(HERE, "model_state.pth"), help="what train.py wrote (model_state.pth)")
+    parser.add_argument("--start", default="", metavar="TEXT", help="only names that begin so")
+    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="below 1 more usual names, above 1 stranger ones (1)")
+    parser.add_argument("--top-k", type=number(int, 1, 10**9), metavar="K", help="draw each character from the K likeliest only")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="the same names at every run (none: new ones)")
+    parser.add_argument("--max-length", type=number(int, 1, 10**6), default=50, help="cut names at so many characters (50)")
+    parser.add_argument("--new", action="store_true", help="only names that are not in --data, each once")
+    parser.add_argument("--data", default=os.path.join(HERE, "names.txt"), help="the list for --new (names.txt)")
+    args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    try:
+        if len(args.start) > args.max_length:
+            raise ValueError(f"--start {args.start!r} is longer than --max-length {args.max_length}")
+        net, vocab = load(args.model)
+        known = read_names(args.data) if args.new else ()
+
+        def draw(n):
+            return generate(net, vocab, n, args.start, args.temperature, args.top_k, args.max_length)
+
+        left = args.num_samples
+        if args.new:
+            for name in islice(new_names(lambda: draw(min(left, BATCH)), known), left):
+                print(name)
+                left -= 1
+            if left:
+                print(f"only {args.num_samples - left} new names found", file=sys.stderr)
+        while not args.new and left > 0:
+            print("\n".join(draw(min(left, BATCH))))
+            left -= BATCH
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
