@@ -1,17 +1,30 @@
 """The vocabulary, the network, and the file that keeps both: model_state.pth."""
 
+import hashlib
 import io
 import os
 import zipfile
 from contextlib import suppress
+from pickletools import genops
+from textwrap import shorten
 from unicodedata import category
 
 import torch
 from torch import nn
 
-from layers import BatchNorm1d, Embedding, FlattenConsecutive, Linear, Tanh
+from layers import BatchNorm1d, Dropout, Embedding, FlattenConsecutive, Linear, Tanh
 
 END = "."  # ends every name and pads the context on the left
+
+# All that a file of tensors may name. torch.load(weights_only=True) knows a few more, some of which a
+# file of a hundred bytes could use to fill the memory.
+GLOBALS = {
+    "collections OrderedDict",
+    "torch FloatStorage",
+    "torch LongStorage",
+    "torch ByteStorage",
+    "torch._utils _rebuild_tensor_v2",
+}
 
 
 class Vocabulary:
@@ -66,12 +79,13 @@ def share(contexts, vocab_size):
     return list(zip(zip(*levels), ids.squeeze(2)))
 
 
-def wavenet(vocab_size, block_size, n_embd, n_hidden):
+def wavenet(vocab_size, block_size, n_embd, n_hidden, dropout=0.0):
     """The network: contexts (B, block_size) int64 -> logits (B, vocab_size).
 
     log2(block_size) levels join the characters pair by pair, each FlattenConsecutive(2), Linear,
     BatchNorm1d, Tanh: (B, T, C) -> (B, T/2, 2C) -> (B, T/2, n_hidden). It is the tree of dilated
-    convolutions of WaveNet, arXiv:1609.03499, seen through one output.
+    convolutions of WaveNet, arXiv:1609.03499, seen through one output. With dropout > 0, a Dropout follows
+    each Tanh.
     Raises ValueError when block_size is not a power of two of at least 2.
     """
     if block_size < 2 or block_size & (block_size - 1):
@@ -82,6 +96,8 @@ def wavenet(vocab_size, block_size, n_embd, n_hidden):
         # Tanh squeezes what passes it; the gain of 5/3 keeps the variance from level to level.
         linear.weight.data *= 5 / 3
         layers += [FlattenConsecutive(2), linear, BatchNorm1d(n_hidden), Tanh()]
+        if dropout:
+            layers.append(Dropout(dropout))
         n_in = n_hidden
     head = Linear(n_hidden, vocab_size)
     # Small logits: training starts at a loss of about ln(vocab_size), knowing nothing, and not from
@@ -135,13 +151,13 @@ def read_names(path):
         raise ValueError(f"{path} cannot be read ({error.strerror}): give a text file with one name a line") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    for name in names:
-        if END in name:
-            raise ValueError(f"{path}: {name!r} holds {END!r}, which marks the end of a name: take it out")
-        if any(category(char) == "Cc" for char in name):
-            raise ValueError(f"{path}: {name!r} holds a control character: give a text file with one name a line")
     if not names:
         raise ValueError(f"{path} holds no names: give a text file with one name a line")
+    for char in sorted(set().union(*names)):
+        if char == END or category(char) == "Cc":
+            name = next(name for name in names if char in name)
+            what = f"{END!r}, which marks the end of a name" if char == END else f"the control character {char!r}"
+            raise ValueError(f"{path}: {shorten(repr(name), 60)} holds {what}: take it out")
     return names
 
 
@@ -154,10 +170,49 @@ def write(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
+
+
+def write_tensors(path, content):
+    """Write a dict of tensors, numbers, strings, lists and dicts to the file at path.
+
+    It is a file of torch.save(), a zip archive, whose comment is the SHA-256 of all before it.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()[:-2] + bytes((64, 0))  # the length of the comment, which was 0
+    write(path, data + hashlib.sha256(data).hexdigest().encode())
+
+
+def read_tensors(path, advice):
+    """What write_tensors() wrote, checked before anything is made of it: no code of the file is run.
+
+    Raises ValueError, which ends with the advice, when the file at path cannot be read, is damaged, or
+    is no such file.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
+    try:
+        if hashlib.sha256(data[:-64]).hexdigest().encode() != data[-64:]:
+            raise ValueError
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError  # what is packed could unpack to anything
+            (pickle,) = (archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+        for opcode, argument, _ in genops(pickle):
+            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4") and argument not in GLOBALS:
+                raise ValueError
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # a broken zip and a broken pickle raise almost anything
+        raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}") from None
 
 
 def save(path, net, vocab, made):
@@ -168,10 +223,8 @@ def save(path, net, vocab, made):
         "n_embd": net[0].weight.shape[1],
         "n_hidden": net[-1].in_features,
     }
-    state = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
-    buffer = io.BytesIO()
-    torch.save({"config": config, "vocab": vocab.chars, "made": made, "state_dict": state}, buffer)
-    write(path, buffer.getvalue())
+    state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
+    write_tensors(path, {"config": config, "vocab": vocab.chars, "made": made, "state_dict": state})
 
 
 def load(path):
@@ -179,23 +232,18 @@ def load(path):
 
     Raises ValueError when the file cannot be read or is not a whole checkpoint.
     """
+    checkpoint = read_tensors(path, "train a network with train.py first")
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): train a network first") from None
-    try:
-        if not zipfile.is_zipfile(io.BytesIO(data)):
+        config, vocab = checkpoint["config"], Vocabulary([checkpoint["vocab"][1:]])
+        V, T, E, H = (config[name] for name in ("vocab_size", "block_size", "n_embd", "n_hidden"))
+        # A network larger than its file is refused before memory is taken for it.
+        parameters = V * E + 2 * E * H + 2 * H * H * (T.bit_length() - 2) + H * V
+        if 4 * parameters > os.path.getsize(path) or min(V, T, E, H) < 1:
             raise ValueError
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # a broken zip, a broken pickle and one that would run code: each raises its own
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged: train a network anew") from None
-    try:
-        vocab = Vocabulary([checkpoint["vocab"][1:]])
-        net = wavenet(**checkpoint["config"])
+        net = wavenet(V, T, E, H)
         net.load_state_dict(checkpoint["state_dict"])
-        if vocab.chars != checkpoint["vocab"] or len(vocab) != len(net[0].weight):
+        if vocab.chars != checkpoint["vocab"] or len(vocab) != V:
             raise ValueError
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         raise ValueError(f"{path}: its sizes, vocabulary and weights do not fit together: train a network anew") from None
     return net.eval(), vocab

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice, takewhile
 
 import torch
@@ -13,25 +13,47 @@ from layers import BatchNorm1d, Linear
 from model import END, load, read_names
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-BATCH = 4096  # names drawn at once
+TINY = 1e-6  # the smallest positive number that a flag takes
+BATCH = 8192  # names drawn at once
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one line on stderr and exit status 2 for any error."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    @contextmanager
+    def one_line_errors(self):
+        """What can go wrong inside ends the program with one line, or quietly, but with no traceback."""
+        if sys.stdout is not None:
+            sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
+        try:
+            yield
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:  # the reader has enough: nothing more can be printed, nor must Python try
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        except (ValueError, MemoryError) as error:
+            self.error(str(error) or "out of memory")
+        except OSError as error:
+            if error.filename is None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.error(f"{error.filename or 'standard output'} cannot be written ({error.strerror})")
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: a number of `kind`, low <= number <= high. For floats both ends are open."""
+    """An argparse type: a finite number of `kind`, low <= number <= high."""
 
     def parse(text):
         with suppress(ValueError):
             value = kind(text)
-            if low <= value <= high if kind is int else low < value < high:
+            if low <= value <= high and math.isfinite(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number from' if kind is int else 'number between'} {low} {'to' if kind is int else 'and'} {high}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
 
     return parse
 
@@ -83,6 +105,7 @@ class Prefixes:
             if distance <= len(self.past):
                 ancestor, older = self.past[distance - 1]
                 before = older[level][ancestor] @ left
+                older[level] = None  # this was its last use
             else:
                 before = self.padding[level] @ left
             x = torch.tanh(before + x @ right + bias)
@@ -145,37 +168,43 @@ def main(argv=None):
     parser.add_argument("-n", "--num-samples", type=number(int, 1, 10**9), default=20, help="how many names (20)")
     parser.add_argument("--model", default=os.path.join(HERE, "model_state.pth"), help="what train.py wrote (model_state.pth)")
     parser.add_argument("--start", default="", metavar="TEXT", help="only names that begin so")
-    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="below 1 more usual names, above 1 stranger ones (1)")
+    parser.add_argument("--temperature", type=number(float, TINY, 1 / TINY), default=1.0, help="below 1 more usual names, above 1 stranger ones (1)")
     parser.add_argument("--top-k", type=number(int, 1, 10**9), metavar="K", help="draw each character from the K likeliest only")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="the same names at every run (none: new ones)")
     parser.add_argument("--max-length", type=number(int, 1, 10**6), default=50, help="cut names at so many characters (50)")
     parser.add_argument("--new", action="store_true", help="only names that are not in --data, each once")
     parser.add_argument("--data", default=os.path.join(HERE, "names.txt"), help="the list for --new (names.txt)")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character
+    with parser.one_line_errors():
+        run(args)
+
+
+def run(args):
+    """Print what was asked for."""
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    try:
-        if len(args.start) > args.max_length:
-            raise ValueError(f"--start {args.start!r} is longer than --max-length {args.max_length}")
-        net, vocab = load(args.model)
-        known = read_names(args.data) if args.new else ()
+    else:
+        torch.seed()
+    if len(args.start) > args.max_length:
+        raise ValueError(f"--start {args.start!r} is longer than --max-length {args.max_length}")
+    net, vocab = load(args.model)
+    batch = max(1, min(BATCH, 2**22 // len(vocab)))
 
-        def draw(n):
-            return generate(net, vocab, n, args.start, args.temperature, args.top_k, args.max_length)
+    def draw(n):
+        return generate(net, vocab, min(n, batch), args.start, args.temperature, args.top_k, args.max_length)
 
-        left = args.num_samples
-        if args.new:
-            for name in islice(new_names(lambda: draw(min(left, BATCH)), known), left):
-                print(name)
-                left -= 1
-            if left:
-                print(f"only {args.num_samples - left} new names found", file=sys.stderr)
-        while not args.new and left > 0:
-            print("\n".join(draw(min(left, BATCH))))
-            left -= BATCH
-    except ValueError as error:
-        parser.error(str(error))
+    left = args.num_samples
+    if args.new:
+        names = new_names(lambda: draw(max(left, 100)), read_names(args.data))
+        for name in islice(names, left):
+            print(name)
+            left -= 1
+        if left:
+            print(f"only {args.num_samples - left} new names found", file=sys.stderr)
+    while not args.new and left > 0:
+        names = draw(left)
+        print("\n".join(names))
+        left -= len(names)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,41 @@
 """Train the network on a list of names and write model_state.pth."""
 
-import argparse
+import hashlib
 import io
+import math
 import os
 import random
+import shlex
+import signal
 import sys
+from contextlib import suppress
 
 import torch
+from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from layers import BatchNorm1d
-from model import END, Vocabulary, backward_shared, forward_shared, read_names, save, share, wavenet, write
-from sampling import HERE, Parser, generate, number
+from model import (
+    END,
+    Vocabulary,
+    backward_shared,
+    forward_shared,
+    read_names,
+    read_tensors,
+    save,
+    share,
+    wavenet,
+    write,
+    write_tensors,
+)
+from sampling import HERE, TINY, Parser, generate, number
 
 CHUNK = 100  # steps whose minibatches are drawn at once, which costs hardly more than drawing one
+
+
+class Diverged(Exception):
+    """Training left the finite numbers."""
 
 
 def split(names):
@@ -31,7 +52,7 @@ def split(names):
 def windows(names, vocab, block_size):
     """Names -> (N, block_size + 1) codes: every character and end of a name, after what stands before it.
 
-    All windows are one view over one array of a byte or four a character.
+    All windows are one view over one array of a byte, or four, a character.
     """
     text = END * block_size + "".join(name + END for name in names)
     codes = torch.tensor(vocab.encode(text), dtype=torch.uint8 if len(vocab) <= 256 else torch.int32)
@@ -45,17 +66,13 @@ def contexts_and_targets(window):
     return contexts * (contexts != 0).flip(-1).cumprod(-1).flip(-1), targets
 
 
-def minibatches(window, batch_size, noise, vocab_size, device, generator):
-    """Endless (tree, targets (B,)) of windows drawn at random.
-
-    Each character of a context is blanked with probability `noise`: smoothing by noise, arXiv:1703.02573,
-    keeps the network from learning names by heart.
-    """
-    while True:
-        drawn = window[torch.randint(len(window), (CHUNK, batch_size), generator=generator)]
-        contexts, targets = contexts_and_targets(drawn)
-        contexts *= torch.rand(contexts.shape, generator=generator) >= noise
-        yield from zip(share(contexts.to(device), vocab_size), targets.to(device))
+def draw(window, vocab_size, generator, args):
+    """CHUNK minibatches of windows drawn at random: a list of (tree, targets (B,))."""
+    index = torch.randint(len(window), (CHUNK, args.batch_size), generator=generator)
+    contexts, targets = contexts_and_targets(window[index])
+    # Smoothing by noise, arXiv:1703.02573: a context that lost a character is not learnt by heart.
+    contexts *= torch.rand(contexts.shape, generator=generator) >= args.noise
+    return list(zip(share(contexts.to(args.device), vocab_size), targets.to(args.device)))
 
 
 def learning_rate(step, steps, lr):
@@ -65,24 +82,10 @@ def learning_rate(step, steps, lr):
 
 def cross_entropy(logits, targets):
     """Logits (B, V), targets (B,) -> mean loss in nats, and its gradient (softmax - one-hot) / B."""
-    log_probs = logits.log_softmax(1)
     targets = targets.unsqueeze(1)
+    log_probs = logits.log_softmax(1)
     picked = log_probs.gather(1, targets)
-    loss = -picked.mean().item()
-    return loss, log_probs.exp_().scatter_(1, targets, picked.exp_() - 1) / len(targets)
-
-
-def evaluate(net, window, batch_size=8192):
-    """Mean loss, in nats a character, of the network in eval mode over all windows."""
-    device = net[0].weight.device
-    net.eval()
-    total = 0.0
-    for part in window.split(batch_size):
-        contexts, targets = contexts_and_targets(part)
-        (tree,) = share(contexts[None].to(device), len(net[0].weight))
-        total += F.cross_entropy(forward_shared(net, tree), targets.to(device), reduction="sum").item()
-    net.train()
-    return total / len(window)
+    return -picked.mean().item(), log_probs.exp().scatter_(1, targets, picked.exp() - 1) / len(targets)
 
 
 @torch.no_grad()
@@ -96,60 +99,110 @@ def sgd_step(net, parameters, tree, targets, lr):
 
 
 @torch.no_grad()
-def train(net, train_windows, val_windows, args):
-    """Plain SGD on the network; it ends with the mean of its weights over the second half of the steps.
+def evaluate(net, window, batch_size=8192):
+    """Mean loss, in nats a character, of the network in eval mode over all windows."""
+    device, training = net[0].weight.device, net.training
+    net.eval()
+    total = 0.0
+    for part in window.split(batch_size):
+        contexts, targets = contexts_and_targets(part)
+        (tree,) = share(contexts[None].to(device), len(net[0].weight))
+        total += F.cross_entropy(forward_shared(net, tree), targets.to(device), reduction="sum").item()
+    net.train(training)
+    return total / len(window)
 
-    Returns the curves, {"train": [(step, smoothed loss)], "val": [(step, loss)]}, for the picture.
+
+@torch.no_grad()
+def train(net, train_windows, val_windows, args, state=None, keep=lambda state: None, stopped=lambda: False):
+    """Plain SGD; it ends with the mean of the weights over the second half of the steps in the network.
+
+    Returns the curves {"train": [(step, smoothed loss)], "val": [(step, loss)]} for the picture. Every
+    args.checkpoint_every steps keep(state) is given all that is needed to go on from there, as `state`,
+    to the very same bits; when stopped(), once more, and None is returned.
+    Raises Diverged when the loss is no longer a finite number.
     """
-    generator = torch.Generator().manual_seed(args.seed)
-    batches = minibatches(train_windows, args.batch_size, args.noise, len(net[0].weight), args.device, generator)
     parameters = list(net.parameters())
     average = [torch.zeros_like(parameter) for parameter in parameters]
-    averaged = 0
-    curves = {"train": [], "val": []}
-    every = max(1, args.steps // 200)
-    losses = []
+    generator = torch.Generator().manual_seed(args.seed)
+    device = torch if args.device == "cpu" else getattr(torch, args.device)  # whose generator Dropout uses
+    start, loss_sum, curves = 0, 0.0, {"train": [], "val": []}
+    if state:
+        start, loss_sum = int(state["step"]), float(state["loss_sum"])
+        curves = {part: [(int(step), float(loss)) for step, loss in state["curves"][part]] for part in curves}
+        net.load_state_dict(state["state_dict"])
+        for mean, saved in zip(average, state["average"], strict=True):
+            mean.copy_(saved)
+        generator.set_state(state["generator"])
+        device.set_rng_state(state["dropout"])
+
+    half, every = args.steps // 2, max(1, args.steps // 200)
     net.train()
-    with tqdm(total=args.steps, unit="step", disable=None) as bar:
-        for step in range(args.steps):
-            losses.append(sgd_step(net, parameters, *next(batches), learning_rate(step, args.steps, args.lr)))
+    with tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, disable=None) as bar:
+        for step in range(start, args.steps):
+            if step % CHUNK == 0 or step == start:
+                drawn_with = generator.get_state()
+                batches = draw(train_windows, len(net[0].weight), generator, args)
+            loss = sgd_step(net, parameters, *batches[step % CHUNK], learning_rate(step, args.steps, args.lr))
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at step {step + 1}: --lr {args.lr} is too high")
             # Neighbouring weights are nearly the same, so every tenth step is enough for their mean.
-            if step >= args.steps // 2 and (args.steps - 1 - step) % 10 == 0:
-                averaged += 1
+            if step >= half and (args.steps - 1 - step) % 10 == 0:
+                count = (step - half) // 10 + 1
                 for mean, parameter in zip(average, parameters):
-                    mean.lerp_(parameter, 1 / averaged)
+                    mean.lerp_(parameter, 1 / count)
+            loss_sum += loss
+            done = step + 1
             bar.update()
-            if len(losses) == every:
-                curves["train"].append((step + 1, sum(losses) / every))
-                losses.clear()
-                if (step + 1) % max(args.steps // 40, 1000) == 0:
-                    curves["val"].append((step + 1, evaluate(net, val_windows)))
-                    remark = f"train {curves['train'][-1][1]:.3f}, val {curves['val'][-1][1]:.3f}"
-                    bar.set_postfix_str(remark)
-                    if bar.disable:
-                        print(f"step {step + 1} of {args.steps}: {remark}", file=sys.stderr)
+            if done % every == 0:
+                curves["train"].append((done, loss_sum / every))
+                loss_sum = 0.0
+            if done % max(every * 5, 1000) == 0:
+                curves["val"].append((done, evaluate(net, val_windows)))
+                remark = f"train {curves['train'][-1][1]:.3f}, val {curves['val'][-1][1]:.3f}"
+                bar.set_postfix_str(remark)
+                if bar.disable:
+                    print(f"step {done:,} of {args.steps:,}: {remark}", file=sys.stderr)
+            if done % args.checkpoint_every == 0 or stopped():
+                if not all(parameter.isfinite().all() for parameter in parameters):
+                    raise Diverged(f"the weights overflowed at step {done}: --lr {args.lr} is too high")
+                keep(
+                    {
+                        "step": done,
+                        "loss_sum": loss_sum,
+                        "curves": curves,
+                        "state_dict": net.state_dict(),
+                        "average": average,
+                        "generator": generator.get_state() if done % CHUNK == 0 else drawn_with,
+                        "dropout": device.get_rng_state(),
+                    }
+                )
+                if stopped():
+                    return None
     for mean, parameter in zip(average, parameters):
         parameter.copy_(mean)
     recompute_statistics(net, train_windows, generator)
     return curves
 
 
+@torch.no_grad()
 def recompute_statistics(net, window, generator, batches=60, batch_size=2048):
     """BatchNorm1d's running statistics for averaged weights: none of them was measured; arXiv:1803.05407."""
     norms = [layer for layer in net if isinstance(layer, BatchNorm1d)]
+    net.eval()  # no Dropout
     for norm in norms:
-        norm.num_batches_tracked.zero_()
+        norm.train().num_batches_tracked.zero_()
         norm.momentum, momentum = None, norm.momentum
     for _ in range(batches):
         drawn = window[torch.randint(len(window), (1, batch_size), generator=generator)]
         contexts, _ = contexts_and_targets(drawn)
-        forward_shared(net, share(contexts.to(net[0].weight.device), len(net[0].weight))[0])
+        (tree,) = share(contexts.to(net[0].weight.device), len(net[0].weight))
+        forward_shared(net, tree)
     for norm in norms:
-        norm.momentum = momentum
+        norm.eval().momentum = momentum
 
 
 def plot(path, curves, losses):
-    """Write the picture of the curves, with the losses of the finished network as a line."""
+    """Write the picture of the curves, with the validation loss of the finished network as a line."""
     from matplotlib.figure import Figure  # slow to import: not before it is needed
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -160,14 +213,14 @@ def plot(path, curves, losses):
     axes.axhline(losses["val"], color="black", linewidth=0.8, label="validation, weights averaged")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a character)")
-    axes.set_ylim(top=min(axes.get_ylim()[1], curves["train"][0][1]))
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write(path, buffer.getvalue())
 
 
-def main(argv=None):
+def flags():
+    """The parser of the command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("--data", default=os.path.join(HERE, "names.txt"), help="a text file, one name a line (names.txt)")
     parser.add_argument("--out", default=os.path.join(HERE, "model_state.pth"), help="where the network goes (model_state.pth)")
@@ -176,62 +229,138 @@ def main(argv=None):
     parser.add_argument("--block-size", type=number(int, 2, 2**16), default=16, help="characters seen, a power of two (16)")
     parser.add_argument("--n-embd", type=number(int, 1, 10**5), default=24, help="size of a character's vector (24)")
     parser.add_argument("--n-hidden", type=number(int, 1, 10**5), default=280, help="size of each level (280)")
-    parser.add_argument("--lr", type=number(float, 0), default=0.1, help="learning rate; a tenth of it in the second half (0.1)")
-    parser.add_argument("--noise", type=number(float, 0, 1), default=0.1, help="share of each context replaced at random (0.1)")
+    parser.add_argument("--lr", type=number(float, TINY, 1 / TINY), default=0.1, help="learning rate; a tenth of it in the second half (0.1)")
+    parser.add_argument("--dropout", type=number(float, 0, 0.99), default=0.1, help="share of each level's channels left out (0.1)")
+    parser.add_argument("--noise", type=number(float, 0, 0.99), default=0.1, help="share of the context blanked (0.1)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1, help="the same weights at every run (1)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train (cpu)")
+    parser.add_argument("--checkpoint-every", type=number(int, 1, 10**12), default=3000, help="steps between saves (3000)")
+    parser.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
+    return parser
+
+
+def resumed(parser, argv, args):
+    """The saved state of the unfinished training, and its flags with those of argv over them.
+
+    Raises ValueError when there is none, or when a flag in argv would make it another training.
+    """
+    path = unfinished(args)
+    state = read_tensors(path, "there is nothing to resume")
+    if not isinstance(state, dict) or not isinstance(state.get("flags"), dict):
+        raise ValueError(f"{path} is not of an unfinished training: delete it and start anew")
+    saved = [f"--{name}={value}" for name, value in state["flags"].items()]
+    merged = parser.parse_args(saved + argv)
+    for name, value in vars(parser.parse_args(saved + ["--out", args.out])).items():
+        if name in OF_THE_RUN and getattr(merged, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(merged, name)} contradicts the unfinished training's {flag} {value}")
+    return state, merged
+
+
+def unfinished(args):
+    """Where the state of a training in progress is kept."""
+    return f"{args.out}.unfinished"
+
+
+# The flags that make a training what it is: --resume cannot change them.
+OF_THE_RUN = "steps batch_size block_size n_embd n_hidden lr dropout noise seed device".split()
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = flags()
     args = parser.parse_args(argv)
-    try:
-        run(args)
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename} cannot be written ({error.strerror})")
+    with parser.one_line_errors():
+        if os.path.isdir(args.out):
+            raise ValueError(f"{args.out} is a folder: choose another --out")
+        try:  # what cannot be written shall fail now, not after hours
+            write(f"{args.out}.test", b"")
+            os.remove(f"{args.out}.test")
+        except OSError as error:
+            raise ValueError(f"{args.out} cannot be written ({error.strerror}): choose another --out") from None
+        lock = FileLock(f"{args.out}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another training is writing to {args.out}: choose another --out") from None
+        try:
+            if args.resume:
+                state, args = resumed(parser, argv, args)
+            elif os.path.exists(unfinished(args)):
+                raise ValueError(f"{unfinished(args)} is of an unfinished training: add --resume to go on, or delete it")
+            else:
+                state = None
+            run(args, state)
+        finally:
+            with suppress(OSError):
+                os.remove(lock.lock_file)
+            lock.release()
 
 
-def run(args):
+def run(args, state):
     """The whole training: from the list of names to model_state.pth, loss.png and a few names."""
-    if not getattr(torch, args.device).is_available():
+    if args.device != "cpu" and not getattr(torch, args.device).is_available():
         raise ValueError(f"this machine has no device {args.device!r}: leave out --device")
     names = read_names(args.data)
+    data = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    if state and data != state.get("names"):
+        raise ValueError(f"the names in {args.data} are not those of the unfinished training")
     parts = dict(zip(("train", "test", "val"), split(names)))
     known = set(parts["train"])
     if unseen := [name for name in parts["val"] if name not in known]:
         parts["unseen"] = unseen
     vocab = Vocabulary(names)
-    torch.manual_seed(args.seed)
-    net = wavenet(len(vocab), args.block_size, args.n_embd, args.n_hidden).to(args.device)
-    picture = os.path.join(os.path.dirname(args.out), "loss.png")
-    for path in args.out, picture:
-        check_writable(path)
-
     views = {part: windows(some, vocab, args.block_size) for part, some in parts.items()}
+    torch.manual_seed(args.seed)
+    net = wavenet(len(vocab), args.block_size, args.n_embd, args.n_hidden, args.dropout).to(args.device)
     print(
         f"{len(names):,} rows, {len(set(names)):,} distinct, {len(vocab) - 1} characters; "
         f"windows: {', '.join(f'{part} {len(view):,}' for part, view in views.items())}; "
         f"{sum(parameter.numel() for parameter in net.parameters()):,} parameters",
         file=sys.stderr,
     )
-    curves = train(net, views["train"], views["val"], args)
-    losses = {part: evaluate(net, view) for part, view in views.items()}
-    made = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "noise", "seed")}
-    save(args.out, net, vocab, made | {"rows": len(names), "torch": str(torch.__version__), "losses": losses})
+
+    caught = []
+
+    def stop(signum, frame):
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # the second one ends at once
+
+    for signum in signal.SIGINT, signal.SIGTERM:
+        signal.signal(signum, stop)
+    kept = {"names": data, "flags": {name.replace("_", "-"): getattr(args, name) for name in OF_THE_RUN}}
+    kept["flags"]["data"] = os.path.abspath(args.data)
+
+    def keep(state):
+        write_tensors(unfinished(args), state | kept)
+
+    try:
+        curves = train(net, views["train"], views["val"], args, state, keep, lambda: caught)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        if not state:
+            raise
+        raise ValueError(f"{unfinished(args)} does not fit its flags: delete it and start anew") from None
+    except Diverged as error:
+        hint = f"; the last good state is in {unfinished(args)}" if os.path.exists(unfinished(args)) else ""
+        raise ValueError(f"{error}{hint}") from None
+    if curves is None:
+        print(f"stopped; to go on: python train.py --out {shlex.quote(args.out)} --resume", file=sys.stderr)
+        sys.exit(128 + caught[0])
+
+    # The finished network is the same without its Dropout.
+    plain = wavenet(len(vocab), args.block_size, args.n_embd, args.n_hidden)
+    plain.load_state_dict(dict(zip(plain.state_dict(), net.cpu().state_dict().values(), strict=True)))
+    losses = {part: evaluate(plain, view) for part, view in views.items()}
+    made = {name: getattr(args, name) for name in OF_THE_RUN} | {"rows": len(names), "losses": losses}
+    save(args.out, plain, vocab, made | {"torch": str(torch.__version__)})
+    picture = os.path.join(os.path.dirname(args.out), "loss.png")
     plot(picture, curves, losses)
+    with suppress(FileNotFoundError):
+        os.remove(unfinished(args))
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
-    print("\n".join(generate(net.cpu().eval(), vocab, 10)))
+    print("\n".join(generate(plain.eval(), vocab, 10)))
     print(f"written: {args.out} and {picture}")
-
-
-def check_writable(path):
-    """Raise OSError or ValueError now, not after hours of training, when path cannot be written."""
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder: name a file with --out")
-    try:
-        write(path + ".test", b"")
-        os.remove(path + ".test")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_flags_out_of_range(tiny, tmp_path, refused, flag, values):
 def test_output_that_cannot_be_written_is_said_first(tiny, tmp_path, refused):
     (tmp_path / "file").write_text("")
     for out in tmp_path / "none" / "own.pth", tmp_path / "file" / "own.pth", tmp_path, "/proc/own.pth":
-        refused(main, ["--data", tiny / "names.txt", "--out", out, "--steps", 10**9], str(out))
+        refused(main, ["--data", tiny / "names.txt", "--out", out, *SMALL], str(out))
 
 
 def test_nothing_of_this_machine_ships():

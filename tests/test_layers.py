@@ -163,6 +163,22 @@ def test_batch_norm_refuses_other_shapes(shape):
         layers.BatchNorm1d(3)(torch.randn(shape))
 
 
+@given(st.sampled_from([0.05, 0.3, 0.5, 0.9]), st.sampled_from([(3,), (2, 3)]), seeds)
+def test_dropout(p, batch, seed):
+    """Whole channels are 0, the others divided by 1 - p; as many as p says; nothing happens in eval mode."""
+    torch.manual_seed(seed)
+    layer, x = layers.Dropout(p), torch.randn(*batch, 2000) + 9
+    with torch.no_grad():
+        y = layer(x)
+        kept = y[(0,) * len(batch)] != 0
+        torch.testing.assert_close(y, x * kept / (1 - p))
+        assert kept.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / 2000) ** 0.5)
+        g = torch.randn_like(x)
+        torch.testing.assert_close(layer.backward(g), g * kept / (1 - p))
+        assert not torch.equal(layer(x), y)
+    assert layer.eval()(x) is x
+
+
 def test_repr_says_what_it_is():
     stack = nn.Sequential(
         layers.Embedding(27, 10),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from model import END, Vocabulary, backward_shared, forward_shared, load, read_names, save, share, wavenet
+from model import END, Vocabulary, backward_shared, forward_shared, load, read_names, save, share, wavenet, write_tensors
 
 texts = st.lists(st.text(st.characters(exclude_characters=END, exclude_categories=["Cs"]), min_size=1), min_size=1)
 
@@ -219,7 +219,7 @@ def test_broken_checkpoints_are_refused(content, tmp_path, monkeypatch):
     if isinstance(content, bytes):
         (tmp_path / "model.pth").write_bytes(content)
     else:
-        torch.save(content, tmp_path / "model.pth")
+        write_tensors("model.pth", content)
     with pytest.raises(ValueError, match="model.pth"):
         load("model.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
