@@ -70,8 +70,6 @@ def draw(window, vocab_size, generator, args):
     """CHUNK minibatches of windows drawn at random: a list of (tree, targets (B,))."""
     index = torch.randint(len(window), (CHUNK, args.batch_size), generator=generator)
     contexts, targets = contexts_and_targets(window[index])
-    # Smoothing by noise, arXiv:1703.02573: a context that lost a character is not learnt by heart.
-    contexts *= torch.rand(contexts.shape, generator=generator) >= args.noise
     return list(zip(share(contexts.to(args.device), vocab_size), targets.to(args.device)))
 
 
@@ -231,7 +229,6 @@ def flags():
     parser.add_argument("--n-hidden", type=number(int, 1, 10**5), default=280, help="size of each level (280)")
     parser.add_argument("--lr", type=number(float, TINY, 1 / TINY), default=0.1, help="learning rate; a tenth of it in the second half (0.1)")
     parser.add_argument("--dropout", type=number(float, 0, 0.99), default=0.1, help="share of each level's channels left out (0.1)")
-    parser.add_argument("--noise", type=number(float, 0, 0.99), default=0.1, help="share of the context blanked (0.1)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1, help="the same weights at every run (1)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train (cpu)")
     parser.add_argument("--checkpoint-every", type=number(int, 1, 10**12), default=3000, help="steps between saves (3000)")
@@ -263,13 +260,16 @@ def unfinished(args):
 
 
 # The flags that make a training what it is: --resume cannot change them.
-OF_THE_RUN = "steps batch_size block_size n_embd n_hidden lr dropout noise seed device".split()
+OF_THE_RUN = "steps batch_size block_size n_embd n_hidden lr dropout seed device".split()
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = flags()
     args = parser.parse_args(argv)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Two threads gain little on products of this size, and wait for each other on a busy machine.
+        torch.set_num_threads(1)
     with parser.one_line_errors():
         if os.path.isdir(args.out):
             raise ValueError(f"{args.out} is a folder: choose another --out")

@@ -3,9 +3,11 @@
     python tests/benchmark.py          about five minutes; close other programs first
 """
 
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from layers import FlattenConsecutive  # noqa: E402
 from model import Vocabulary, load, read_names, wavenet  # noqa: E402
 from sampling import BATCH, generate  # noqa: E402
 
@@ -54,39 +57,55 @@ class PlainNet:
         return x @ self.head + self.bias
 
 
-def in_turn(ours, plain, steps):
-    """Run both for `steps` in turn -> the ratio plain / ours of each round."""
+def plain_name(net, vocab, block_size):
+    """One name, the whole window at every character."""
+    context, name = [0] * block_size, ""
+    while True:
+        chances = net(torch.tensor([context])).softmax(1)
+        code = torch.multinomial(chances, 1).item()
+        if code == 0:
+            return name
+        name += vocab.chars[code]
+        context = context[1:] + [code]
+
+
+def in_turn(ours, plain):
+    """Time both in turn, ROUNDS times after a warm-up -> the ratio plain / ours of each round.
+
+    Each returns how many units of work its call did.
+    """
     ratios = []
-    for _ in range(ROUNDS):
-        times = []
+    for _ in range(ROUNDS + 1):
+        cost = []
         for run in (ours, plain):
-            run(max(steps // 10, 1))
             start = time.perf_counter()
-            run(steps)
-            times.append(time.perf_counter() - start)
-        ratios.append(times[1] / times[0])
-    return ratios
+            units = run()
+            cost.append((time.perf_counter() - start) / units)
+        ratios.append(cost[1] / cost[0])
+    return ratios[1:]
 
 
-def training_step(block_size, n_embd, n_hidden, batch_size=32):
+def training_step(block_size, n_embd, n_hidden, threads=1, batch_size=32, steps=200):
+    torch.set_num_threads(threads)
     names = read_names(ROOT / "names.txt")
     vocab = Vocabulary(names)
     window = train.windows(train.split(names)[0], vocab, block_size)
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)
-    net = wavenet(len(vocab), block_size, n_embd, n_hidden)
-    batches = train.minibatches(window, batch_size, 0.1, len(vocab), "cpu", generator)
-
+    args = train.flags().parse_args(["--batch-size", str(batch_size)])
+    net = wavenet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
     parameters = list(net.parameters())
 
-    def ours(steps):
-        for _ in range(steps):
-            train.sgd_step(net, parameters, *next(batches), 0.01)
+    def ours():
+        for _ in range(steps // train.CHUNK):
+            for batch in train.draw(window, len(vocab), generator, args):
+                train.sgd_step(net, parameters, *batch, 0.01)
+        return steps
 
     contexts, targets = train.contexts_and_targets(window)
     plain_net = PlainNet(len(vocab), block_size, n_embd, n_hidden)
 
-    def plain(steps):
+    def plain():
         for _ in range(steps):
             drawn = torch.randint(len(contexts), (batch_size,), generator=generator)
             loss = F.cross_entropy(plain_net(contexts[drawn]), targets[drawn])
@@ -96,16 +115,75 @@ def training_step(block_size, n_embd, n_hidden, batch_size=32):
             for parameter in plain_net.parameters:
                 parameter.data += -0.01 * parameter.grad
             loss.item()
+        return steps
 
-    return in_turn(ours, plain, 200)
+    return in_turn(ours, plain)
+
+
+def sampling(n=20_000):
+    torch.set_num_threads(os.cpu_count())
+    net, vocab = load(ROOT / "model_state.pth")
+    block_size = 2 ** sum(isinstance(layer, FlattenConsecutive) for layer in net)
+
+    def ours():
+        for drawn in range(0, n, BATCH):
+            generate(net, vocab, min(BATCH, n - drawn))
+        return n
+
+    @torch.no_grad()
+    def plain():
+        for _ in range(200):
+            plain_name(net, vocab, block_size)
+        return 200
+
+    return in_turn(ours, plain)
+
+
+def process(*command):
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    return 1
+
+
+def start_up():
+    return in_turn(lambda: process("-c", "import torch"), lambda: process(ROOT / "sampling.py"))
+
+
+def peak_memory(*command):
+    """Megabytes that a process has at most, above those of a process that only imports torch."""
+    peaks = []
+    for arguments in (("-c", "import torch"), command):
+        child = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss / 1024)
+    return peaks[1] - peaks[0]
+
+
+def training_memory(folder, data):
+    out = Path(folder) / "model.pth"
+    return [peak_memory(ROOT / "train.py", "--data", data, "--out", out, "--steps", 1000) for _ in range(3)]
+
+
+def row(what, against, values, unit):
+    values = sorted(values)
+    print(f"| {what} | {against} | {statistics.median(values):.2f}{unit} | {values[0]:.2f} to {values[-1]:.2f} |", flush=True)
 
 
 def main():
-    for threads in (1,):
-        torch.set_num_threads(threads)
-        for sizes in (16, 24, 280), (8, 24, 128):
-            r = training_step(*sizes)
-            print(threads, sizes, statistics.median(r), min(r), max(r))
+    print("| what | against | median | spread |\n| --- | --- | --- | --- |")
+    for threads in 1, 2:
+        one = "" if threads == 1 else ", 2 threads"
+        row(f"training step, block 16, E 24, H 280, batch 32{one}", "plain code", training_step(16, 24, 280, threads), "x")
+        row(f"training step, block 8, E 24, H 128, batch 32{one}", "plain code", training_step(8, 24, 128, threads), "x")
+    row("20,000 names, start-up taken off", "one at a time", sampling(), "x")
+    row("time of `python sampling.py`", '`python -c "import torch"`', start_up(), "x")
+    with tempfile.TemporaryDirectory() as folder:
+        row("peak memory of training", "above `import torch`", training_memory(folder, ROOT / "names.txt"), " MB")
+        million = Path(folder) / "million.txt"
+        text = (ROOT / "names.txt").read_text()
+        million.write_text("".join((text * 32).splitlines(keepends=True)[:1_000_000]))
+        row("the same, 1,000,000 rows", "above `import torch`", training_memory(folder, million), " MB")
+
 
 if __name__ == "__main__":
     main()

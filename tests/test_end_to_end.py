@@ -73,7 +73,7 @@ def test_bad_lists(tmp_path, refused, content, words):
         ("--n-embd", [0, -1, 10**9]),
         ("--n-hidden", [0, -1, 10**9]),
         ("--lr", [0, -0.1, "nan", "inf", "x"]),
-        ("--noise", [-0.1, 1, "nan"]),
+        ("--dropout", [-0.1, 1, "nan"]),
         ("--seed", [-1, 2**64]),
         ("--device", ["tpu", "cuda"]),
     ],

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from torch.nn import functional as F
 
 import train
@@ -89,31 +91,26 @@ def test_cross_entropy(B, V, seed):
 
 
 def small(**changes):
-    defaults = dict(steps=300, batch_size=16, block_size=4, dropout=0.0, noise=0.0, lr=0.1, seed=3)
+    defaults = dict(steps=300, batch_size=16, block_size=4, dropout=0.0, lr=0.1, seed=3)
     return SimpleNamespace(**defaults | dict(device="cpu", checkpoint_every=10**9) | changes)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_minibatches_are_windows_with_blanked_characters(noise):
+def test_minibatches_are_windows_drawn_evenly():
     names = ["abcab", "cabbc", "acbaa"]
     vocab = Vocabulary(names)
-    possible = slow_windows(names, vocab, 4)
+    possible = Counter((tuple(context), code) for context, code in slow_windows(names, vocab, 4))
     window = train.windows(names, vocab, 4)
-    batches = train.draw(window, len(vocab), torch.Generator().manual_seed(1), small(noise=noise))
-    blanked = characters = 0
-    for (levels, ids), targets in batches:
-        rows = [[code] for code in range(len(vocab))]
+    generator = torch.Generator().manual_seed(1)
+    drawn = Counter()
+    for (levels, ids), targets in train.draw(window, len(vocab), generator, small(batch_size=64)):
+        rows = [(code,) for code in range(len(vocab))]
         for children, _ in levels:
             rows = [rows[left] + rows[right] for left, right in children.view(-1, 2).tolist()]
-        assert len(ids) == len(targets) == 16
-        for context, target in zip([rows[i] for i in ids], targets.tolist()):
-            whole = [c for c, code in possible if code == target and all(a in (0, b) for a, b in zip(context, c))]
-            assert whole
-            if len(whole) == 1:
-                characters += sum(code != 0 for code in whole[0])
-                blanked += sum(a != b for a, b in zip(context, whole[0]))
-    # A context that lost so much that it may be one of several does not count: a little below `noise`.
-    assert blanked == 0 if noise == 0 else 0.1 < blanked / characters < 0.3
+        assert len(ids) == len(targets) == 64
+        drawn.update((rows[i], code) for i, code in zip(ids, targets.tolist()))
+    assert set(drawn) == set(possible)
+    expected = [possible[pair] * drawn.total() / possible.total() for pair in possible]
+    assert chisquare([drawn[pair] for pair in possible], expected).pvalue > 0.01
 
 
 NAMES = ["ada", "bea", "cleo", "dora", "edda", "finn"]
@@ -129,7 +126,7 @@ def trained(args, names=NAMES):
 
 
 def test_the_same_seed_gives_the_same_bits():
-    one, two, other = (trained(small(dropout=0.2, noise=0.1, seed=seed)) for seed in (3, 3, 4))
+    one, two, other = (trained(small(dropout=0.2, seed=seed)) for seed in (3, 3, 4))
     assert one[2] == two[2] != other[2]
     for name, tensor in one[0].state_dict().items():
         assert torch.equal(tensor, two[0].state_dict()[name])
@@ -206,12 +203,12 @@ def test_shipped_checkpoint_has_the_readmes_losses():
     parts = dict(zip(("train", "test", "val"), train.split(read_names(ROOT / "names.txt"))))
     parts["unseen"] = [name for name in parts["val"] if name not in set(parts["train"])]
     made = torch.load(ROOT / "model_state.pth", weights_only=True)["made"]
-    losses = {}
+    losses, block_size = {}, made["block_size"]
     for part, names in parts.items():
-        window = train.windows(names, vocab, 2 ** sum("Flatten" in repr(layer) for layer in net))
+        window = train.windows(names, vocab, block_size)
         losses[part] = train.evaluate(net, window)
         assert losses[part] == pytest.approx(made["losses"][part], abs=1e-5)
-    contexts, targets = train.contexts_and_targets(train.windows(parts["val"], vocab, 16))
+    contexts, targets = train.contexts_and_targets(train.windows(parts["val"], vocab, block_size))
     with torch.no_grad():
         plain = F.cross_entropy(torch.cat([net.eval()(part) for part in contexts.split(4096)]), targets).item()
     assert plain == pytest.approx(losses["val"], abs=1e-5)
