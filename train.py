@@ -16,26 +16,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from layers import BatchNorm1d
-from model import (
-    END,
-    Vocabulary,
-    backward_shared,
-    forward_shared,
-    read_names,
-    read_tensors,
-    save,
-    share,
-    wavenet,
-    write,
-    write_tensors,
-)
+from model import END, Vocabulary, backward_shared, forward_shared, read_names, read_tensors, save, share
+from model import wavenet, write, write_tensors
 from sampling import HERE, TINY, Parser, generate, number
 
 CHUNK = 100  # steps whose minibatches are drawn at once, which costs hardly more than drawing one
-
-
-class Diverged(Exception):
-    """Training left the finite numbers."""
 
 
 def split(names):
@@ -117,7 +102,7 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
     Returns the curves {"train": [(step, smoothed loss)], "val": [(step, loss)]} for the picture. Every
     args.checkpoint_every steps keep(state) is given all that is needed to go on from there, as `state`,
     to the very same bits; when stopped(), once more, and None is returned.
-    Raises Diverged when the loss is no longer a finite number.
+    Raises FloatingPointError when the loss is no longer a finite number.
     """
     parameters = list(net.parameters())
     average = [torch.zeros_like(parameter) for parameter in parameters]
@@ -142,7 +127,7 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
                 batches = draw(train_windows, len(net[0].weight), generator, args)
             loss = sgd_step(net, parameters, *batches[step % CHUNK], learning_rate(step, args.steps, args.lr))
             if not math.isfinite(loss):
-                raise Diverged(f"the loss is {loss} at step {step + 1}: --lr {args.lr} is too high")
+                raise FloatingPointError(f"the loss is {loss} at step {step + 1}: --lr {args.lr} is too high")
             # Neighbouring weights are nearly the same, so every tenth step is enough for their mean.
             if step >= half and (args.steps - 1 - step) % 10 == 0:
                 count = (step - half) // 10 + 1
@@ -162,7 +147,7 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
                     print(f"step {done:,} of {args.steps:,}: {remark}", file=sys.stderr)
             if done % args.checkpoint_every == 0 or stopped():
                 if not all(parameter.isfinite().all() for parameter in parameters):
-                    raise Diverged(f"the weights overflowed at step {done}: --lr {args.lr} is too high")
+                    raise FloatingPointError(f"the weights overflowed at step {done}: --lr {args.lr} is too high")
                 keep(
                     {
                         "step": done,
@@ -236,31 +221,26 @@ def flags():
     return parser
 
 
-def resumed(parser, argv, args):
-    """The saved state of the unfinished training, and its flags with those of argv over them.
+# The flags that make a training what it is: --resume cannot change them.
+OF_THE_RUN = "steps batch_size block_size n_embd n_hidden lr dropout seed device".split()
+
+
+def resumed(parser, argv, unfinished):
+    """The state in the file `unfinished`, and its flags with those of argv over them.
 
     Raises ValueError when there is none, or when a flag in argv would make it another training.
     """
-    path = unfinished(args)
-    state = read_tensors(path, "there is nothing to resume")
+    state = read_tensors(unfinished, "there is nothing to resume")
     if not isinstance(state, dict) or not isinstance(state.get("flags"), dict):
-        raise ValueError(f"{path} is not of an unfinished training: delete it and start anew")
+        raise ValueError(f"{unfinished} is not of an unfinished training: delete it and start anew")
     saved = [f"--{name}={value}" for name, value in state["flags"].items()]
-    merged = parser.parse_args(saved + argv)
-    for name, value in vars(parser.parse_args(saved + ["--out", args.out])).items():
-        if name in OF_THE_RUN and getattr(merged, name) != value:
+    before, after = parser.parse_args(saved), parser.parse_args(saved + argv)
+    for name in OF_THE_RUN:
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {getattr(merged, name)} contradicts the unfinished training's {flag} {value}")
-    return state, merged
-
-
-def unfinished(args):
-    """Where the state of a training in progress is kept."""
-    return f"{args.out}.unfinished"
-
-
-# The flags that make a training what it is: --resume cannot change them.
-OF_THE_RUN = "steps batch_size block_size n_embd n_hidden lr dropout seed device".split()
+            raise ValueError(f"{flag} {new} contradicts the unfinished training's {flag} {old}")
+    return state, after
 
 
 def main(argv=None):
@@ -284,20 +264,19 @@ def main(argv=None):
         except Timeout:
             raise ValueError(f"another training is writing to {args.out}: choose another --out") from None
         try:
+            state, unfinished = None, f"{args.out}.unfinished"
             if args.resume:
-                state, args = resumed(parser, argv, args)
-            elif os.path.exists(unfinished(args)):
-                raise ValueError(f"{unfinished(args)} is of an unfinished training: add --resume to go on, or delete it")
-            else:
-                state = None
-            run(args, state)
+                state, args = resumed(parser, argv, unfinished)
+            elif os.path.exists(unfinished):
+                raise ValueError(f"{unfinished} is of an unfinished training: add --resume to go on, or delete it")
+            run(args, state, unfinished)
         finally:
             with suppress(OSError):
                 os.remove(lock.lock_file)
             lock.release()
 
 
-def run(args, state):
+def run(args, state, unfinished):
     """The whole training: from the list of names to model_state.pth, loss.png and a few names."""
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         raise ValueError(f"this machine has no device {args.device!r}: leave out --device")
@@ -332,16 +311,16 @@ def run(args, state):
     kept["flags"]["data"] = os.path.abspath(args.data)
 
     def keep(state):
-        write_tensors(unfinished(args), state | kept)
+        write_tensors(unfinished, state | kept)
 
     try:
         curves = train(net, views["train"], views["val"], args, state, keep, lambda: caught)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         if not state:
             raise
-        raise ValueError(f"{unfinished(args)} does not fit its flags: delete it and start anew") from None
-    except Diverged as error:
-        hint = f"; the last good state is in {unfinished(args)}" if os.path.exists(unfinished(args)) else ""
+        raise ValueError(f"{unfinished} does not fit its flags: delete it and start anew") from None
+    except FloatingPointError as error:
+        hint = f"; the last good state is in {unfinished}" if os.path.exists(unfinished) else ""
         raise ValueError(f"{error}{hint}") from None
     if curves is None:
         print(f"stopped; to go on: python train.py --out {shlex.quote(args.out)} --resume", file=sys.stderr)
@@ -356,7 +335,7 @@ def run(args, state):
     picture = os.path.join(os.path.dirname(args.out), "loss.png")
     plot(picture, curves, losses)
     with suppress(FileNotFoundError):
-        os.remove(unfinished(args))
+        os.remove(unfinished)
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
     print("\n".join(generate(plain.eval(), vocab, 10)))

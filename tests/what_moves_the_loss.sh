@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The runs behind the README's tables, one after the other; each prints its losses. Two hours on one core.
+#
+#     bash tests/what_moves_the_loss.sh FOLDER        the networks and pictures go into FOLDER
+set -eu
+folder=$(mkdir -p "$1" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+
+run() {
+    name=$1
+    shift
+    mkdir -p "$folder/$name"
+    echo "$name: python train.py $*"
+    python train.py "$@" --out "$folder/$name/model_state.pth" | head -2
+}
+
+# The default, three seeds; the shipped one has the best validation loss of them.
+run seed1 --seed 1
+run seed2 --seed 2
+run seed3 --seed 3
+
+# What moves the loss. (Weights not averaged: the last validation loss that a default run shows.)
+run no_dropout --dropout 0
+run batch32 --batch-size 32
+run block8 --block-size 8 --n-hidden 343
+
+# The published configurations.
+lecture="--block-size 8 --batch-size 32 --dropout 0"
+run lecture_20k $lecture --n-embd 10 --n-hidden 128 --steps 20000
+run lecture $lecture --n-embd 10 --n-hidden 128
+run lecture_e24 $lecture --n-embd 24 --n-hidden 128
+run lecture_h200 $lecture --n-embd 24 --n-hidden 200
+
+python tests/kneser_ney.py
