@@ -1,8 +1,8 @@
 """The layers, written by hand: names, arguments, parameter shapes and results are those of torch.nn.
 
 forward() is plain tensor arithmetic, so autograd can differentiate it. backward(g) is the same gradient
-worked out by hand, twice as fast as autograd's walk through each operation: from g = dL/dy of the last
-forward() it sets .grad of the layer's own parameters and returns dL/dx.
+worked out by hand, which spares training autograd's walk through each operation: from g = dL/dy of the
+last forward() it sets .grad of the layer's own parameters and returns dL/dx.
 """
 
 import torch

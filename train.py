@@ -97,7 +97,7 @@ def evaluate(net, window, batch_size=8192):
 
 @torch.no_grad()
 def train(net, train_windows, val_windows, args, state=None, keep=lambda state: None, stopped=lambda: False):
-    """Plain SGD; it ends with the mean of the weights over the second half of the steps in the network.
+    """Plain SGD; it ends with the mean of the weights over the last quarter of the steps in the network.
 
     Returns the curves {"train": [(step, smoothed loss)], "val": [(step, loss)]} for the picture. Every
     args.checkpoint_every steps keep(state) is given all that is needed to go on from there, as `state`,
@@ -118,7 +118,7 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
         generator.set_state(state["generator"])
         device.set_rng_state(state["dropout"])
 
-    half, every = args.steps // 2, max(1, args.steps // 200)
+    late, every = args.steps - args.steps // 4, max(1, args.steps // 200)
     net.train()
     with tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, disable=None) as bar:
         for step in range(start, args.steps):
@@ -129,8 +129,8 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {step + 1}: --lr {args.lr} is too high")
             # Neighbouring weights are nearly the same, so every tenth step is enough for their mean.
-            if step >= half and (args.steps - 1 - step) % 10 == 0:
-                count = (step - half) // 10 + 1
+            if (step >= late or step == args.steps - 1) and (args.steps - 1 - step) % 10 == 0:
+                count = max(step - late, 0) // 10 + 1
                 for mean, parameter in zip(average, parameters):
                     mean.lerp_(parameter, 1 / count)
             loss_sum += loss
@@ -208,12 +208,12 @@ def flags():
     parser.add_argument("--data", default=os.path.join(HERE, "names.txt"), help="a text file, one name a line (names.txt)")
     parser.add_argument("--out", default=os.path.join(HERE, "model_state.pth"), help="where the network goes (model_state.pth)")
     parser.add_argument("--steps", type=number(int, 1, 10**12), default=200_000, help="SGD steps (200000)")
-    parser.add_argument("--batch-size", type=number(int, 2, 10**6), default=32, help="windows a step (32)")
+    parser.add_argument("--batch-size", type=number(int, 2, 10**6), default=64, help="windows a step (64)")
     parser.add_argument("--block-size", type=number(int, 2, 2**16), default=16, help="characters seen, a power of two (16)")
     parser.add_argument("--n-embd", type=number(int, 1, 10**5), default=24, help="size of a character's vector (24)")
     parser.add_argument("--n-hidden", type=number(int, 1, 10**5), default=280, help="size of each level (280)")
     parser.add_argument("--lr", type=number(float, TINY, 1 / TINY), default=0.1, help="learning rate; a tenth of it in the second half (0.1)")
-    parser.add_argument("--dropout", type=number(float, 0, 0.99), default=0.1, help="share of each level's channels left out (0.1)")
+    parser.add_argument("--dropout", type=number(float, 0, 0.99), default=0.15, help="share of each level's channels left out (0.15)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1, help="the same weights at every run (1)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train (cpu)")
     parser.add_argument("--checkpoint-every", type=number(int, 1, 10**12), default=3000, help="steps between saves (3000)")

@@ -162,7 +162,7 @@ def test_step_is_plain_sgd():
     torch.testing.assert_close(ours.state_dict(), same.state_dict(), rtol=1e-3, atol=1e-5)
 
 
-def test_average_is_the_mean_over_the_second_half(monkeypatch):
+def test_average_is_the_mean_over_the_last_quarter(monkeypatch):
     """Weights of a run that is watched from outside, every tenth step counted back from the last."""
     seen = []
     original = train.sgd_step
@@ -174,7 +174,7 @@ def test_average_is_the_mean_over_the_second_half(monkeypatch):
 
     monkeypatch.setattr(train, "sgd_step", watched)
     net, *_ = trained(small(steps=100))
-    expected = [torch.stack(weights).mean(0) for weights in zip(*seen[59::10])]
+    expected = [torch.stack(weights).mean(0) for weights in zip(*seen[79::10])]
     torch.testing.assert_close(list(net.parameters()), expected)
     assert len(seen) == 100
 
