@@ -118,7 +118,7 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
         generator.set_state(state["generator"])
         device.set_rng_state(state["dropout"])
 
-    late, every = args.steps - args.steps // 4, max(1, args.steps // 200)
+    late, every = args.steps - max(1, args.steps // 4), max(1, args.steps // 200)
     net.train()
     with tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, disable=None) as bar:
         for step in range(start, args.steps):
@@ -129,8 +129,8 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {step + 1}: --lr {args.lr} is too high")
             # Neighbouring weights are nearly the same, so every tenth step is enough for their mean.
-            if (step >= late or step == args.steps - 1) and (args.steps - 1 - step) % 10 == 0:
-                count = max(step - late, 0) // 10 + 1
+            if step >= late and (args.steps - 1 - step) % 10 == 0:
+                count = (step - late) // 10 + 1
                 for mean, parameter in zip(average, parameters):
                     mean.lerp_(parameter, 1 / count)
             loss_sum += loss
