@@ -11,10 +11,11 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from test_model import twin
 from torch.nn import functional as F
 
 import train
-from model import Vocabulary, forward_shared, load, read_names, share, wavenet
+from model import Vocabulary, load, read_names, share, wavenet
 from sampling import generate
 
 name_lists = st.lists(st.text("abcdé", min_size=1, max_size=20), min_size=1, max_size=8)
@@ -142,24 +143,24 @@ def test_a_short_list_is_learnt_by_heart():
     assert train.evaluate(net, window) == pytest.approx(6 * math.log(6) / len(window), abs=0.03)
 
 
-def test_step_is_plain_sgd():
-    """A few steps against torch.optim.SGD and autograd on the same minibatches."""
+def test_200_steps_are_those_of_torch():
+    """The loss of every step against torch's own layers, autograd and SGD on the same minibatches."""
     vocab = Vocabulary(NAMES)
-    window = train.windows(NAMES, vocab, 4)
+    window = train.windows(NAMES, vocab, 8)
     torch.manual_seed(0)
-    ours, same = wavenet(len(vocab), 4, 5, 7), wavenet(len(vocab), 4, 5, 7)
+    ours, same = wavenet(len(vocab), 8, 10, 64), twin(len(vocab), 8, 10, 64)
     same.load_state_dict(ours.state_dict())
     optimizer = torch.optim.SGD(same.parameters(), lr=0.1)
-    for seed in range(10):
-        drawn = window[torch.randint(len(window), (8,), generator=torch.Generator().manual_seed(seed))]
+    parameters, generator = list(ours.parameters()), torch.Generator().manual_seed(1)
+    for _ in range(200):
+        drawn = window[torch.randint(len(window), (32,), generator=generator)]
         contexts, targets = train.contexts_and_targets(drawn)
         loss = F.cross_entropy(same(contexts), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         (tree,) = share(contexts[None], len(vocab))
-        assert train.sgd_step(ours, list(ours.parameters()), tree, targets, 0.1) == pytest.approx(loss.item(), abs=1e-5)
-    torch.testing.assert_close(ours.state_dict(), same.state_dict(), rtol=1e-3, atol=1e-5)
+        assert train.sgd_step(ours, parameters, tree, targets, 0.1) == pytest.approx(loss.item(), abs=1e-3)
 
 
 def test_average_is_the_mean_over_the_last_quarter(monkeypatch):
