@@ -165,7 +165,7 @@ def read_names(path):
 
 def write(path, data):
     """Put bytes into the file at path, so that a crash leaves either the old file or the whole new one."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
