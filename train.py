@@ -139,11 +139,13 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
             if done % every == 0:
                 curves["train"].append((done, loss_sum / every))
                 loss_sum = 0.0
-            if done % max(every * 5, 1000) == 0:
+            validate = done % max(every * 5, 1000) == 0
+            if validate:
                 curves["val"].append((done, evaluate(net, val_windows)))
-                remark = f"train {curves['train'][-1][1]:.3f}, val {curves['val'][-1][1]:.3f}"
-                bar.set_postfix_str(remark)
-                if bar.disable:
+            if validate or done % every == 0:
+                remark = ", ".join(f"{part} {curve[-1][1]:.3f}" for part, curve in curves.items() if curve)
+                bar.set_postfix_str(remark, refresh=False)
+                if bar.disable and validate:
                     print(f"step {done:,} of {args.steps:,}: {remark}", file=sys.stderr)
             if done % args.checkpoint_every == 0 or stopped():
                 if not all(parameter.isfinite().all() for parameter in parameters):
