@@ -76,8 +76,8 @@ class Linear(nn.Module):
     def backward(self, g):
         # y[r, o] = sum_i weight[o, i] x[r, i] + bias[o], so each factor's gradient is g times the other.
         (x,) = self.kept
-        g_rows = g.view(-1, self.out_features)
-        self.weight.grad = g_rows.T @ x.view(-1, self.in_features)
+        g_rows = g.reshape(-1, self.out_features)
+        self.weight.grad = g_rows.T @ x.reshape(-1, self.in_features)
         if self.bias is not None:
             self.bias.grad = g_rows.sum(0)
         return g @ self.weight
@@ -127,7 +127,7 @@ class BatchNorm1d(nn.Module):
         keep(self, x_hat, rstd, share)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            momentum = self.momentum or 1 / self.num_batches_tracked.item()
+            momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, momentum)
             # The biased variance normalises; the unbiased one is the estimate for data not yet seen.
             self.running_var.lerp_(var * (n / (n - 1)), momentum)

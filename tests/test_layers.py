@@ -106,7 +106,7 @@ def random_norm(C, **kwargs):
     return ours
 
 
-@given(st.integers(2, 7), sizes, sizes, st.sampled_from([0.1, 0.5, 1.0, None]), st.sampled_from([1e-5, 1e-2]), seeds)
+@given(st.integers(2, 7), sizes, sizes, st.sampled_from([0.0, 0.1, 0.5, 1.0, None]), st.sampled_from([1e-5, 1e-2]), seeds)
 def test_batch_norm(B, T, C, momentum, eps, seed):
     torch.manual_seed(seed)
     kwargs = dict(eps=eps, momentum=momentum)
