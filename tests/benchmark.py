@@ -85,14 +85,14 @@ def in_turn(ours, plain):
     return ratios[1:]
 
 
-def training_step(block_size, n_embd, n_hidden, threads=1, batch_size=32, steps=200):
+def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_size=32, steps=200):
     torch.set_num_threads(threads)
     names = read_names(ROOT / "names.txt")
     vocab = Vocabulary(names)
     window = train.windows(train.split(names)[0], vocab, block_size)
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)
-    args = train.flags().parse_args(["--batch-size", str(batch_size)])
+    args = train.flags().parse_args(["--batch-size", str(batch_size), "--dropout", str(dropout)])
     net = wavenet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
     parameters = list(net.parameters())
 
@@ -171,10 +171,11 @@ def row(what, against, values, unit):
 
 def main():
     print("| what | against | median | spread |\n| --- | --- | --- | --- |")
-    for threads in 1, 2:
-        one = "" if threads == 1 else ", 2 threads"
-        row(f"training step, block 16, E 24, H 280, batch 32{one}", "plain code", training_step(16, 24, 280, threads), "x")
-        row(f"training step, block 8, E 24, H 128, batch 32{one}", "plain code", training_step(8, 24, 128, threads), "x")
+    for threads, dropout in (1, 0.0), (2, 0.0), (1, 0.15):
+        how = f", {threads} thread{'s' * (threads > 1)}" + ", ours with dropout 0.15" * (dropout > 0)
+        for sizes in (16, 24, 280), (8, 24, 128):
+            what = "training step, block {}, E {}, H {}, batch 32".format(*sizes) + how
+            row(what, "plain code", training_step(*sizes, threads, dropout), "x")
     row("20,000 names, start-up taken off", "one at a time", sampling(), "x")
     row("time of `python sampling.py`", '`python -c "import torch"`', start_up(), "x")
     with tempfile.TemporaryDirectory() as folder:
