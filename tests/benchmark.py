@@ -148,14 +148,20 @@ def start_up():
     return in_turn(lambda: process("-c", "import torch"), lambda: process(ROOT / "sampling.py"))
 
 
+# A child's peak counts from that of the process it was forked from: so a small one starts it.
+LAUNCHER = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, capture_output=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def peak_memory(*command):
     """Megabytes that a process has at most, above those of a process that only imports torch."""
     peaks = []
     for arguments in (("-c", "import torch"), command):
-        child = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)
-        assert status == 0
-        peaks.append(usage.ru_maxrss / 1024)
+        launcher = [sys.executable, "-c", LAUNCHER, sys.executable, *map(str, arguments)]
+        peaks.append(int(subprocess.run(launcher, check=True, capture_output=True).stdout) / 1024)
     return peaks[1] - peaks[0]
 
 
