@@ -1,4 +1,5 @@
-"""The layers, written by hand: names, arguments, parameter shapes and results are those of torch.nn.
+"""The layers, written by hand: names, arguments, parameter shapes and results are those of torch.nn (only
+Dropout leaves out whole channels, where torch's leaves out single values).
 
 forward() is plain tensor arithmetic, so autograd can differentiate it. backward(g) is the same gradient
 worked out by hand, which spares training autograd's walk through each operation: from g = dL/dy of the
