@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import model
-import sampling
 import train
 from model import load, read_names, read_tensors, write, write_tensors
 
