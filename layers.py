@@ -90,22 +90,24 @@ class Linear(nn.Module):
 class BatchNorm1d(nn.Module):
     """Each channel to mean 0 and variance 1 over the batch, then scaled and shifted; arXiv:1502.03167.
 
-    (B, C) or (B, T, C), shape kept; the latter is normalised over B and T together. In training the
-    running statistics move towards the batch's by `momentum` (None: they are the mean over all batches);
-    in eval mode they are what normalises. With `counts` (B,), floats, row b of (B, C) stands for
-    counts[b] equal rows. Raises ValueError for other shapes, and in training for one value a channel.
+    (B, C) or (B, T, C), shape kept; the latter is normalised over B and T together. In training, unless
+    track_running_stats is False, the running statistics move towards the batch's by `momentum` (None: they
+    are the mean over all batches); in eval mode they are what normalises. With `share` (B,) and n, row b of
+    (B, C) stands for that share of a batch of n rows. Raises ValueError for other shapes, and in training
+    for one value a channel.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1):
         super().__init__()
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.track_running_stats = True
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, x, counts=None):
+    def forward(self, x, share=None, n=None):
         if x.dim() == 3:
             return self.forward(x.flatten(0, 1)).view(x.shape)
         if x.dim() != 2 or x.shape[1] != self.num_features:
@@ -113,25 +115,23 @@ class BatchNorm1d(nn.Module):
         weight, bias = self.weight, self.bias
         if not self.training:
             return (x - self.running_mean) * (weight * (self.running_var + self.eps).rsqrt()) + bias
-        if counts is None:
-            counts = x.new_ones(len(x))
-        total = counts.sum()
-        n = total.item()
+        if share is None:
+            n = len(x)
+            share = x.new_full((n,), 1 / n)
         if n < 2:
             raise ValueError("one value a channel has no variance: train on at least two")
-        share = counts / total
         mean = share @ x
         centred = x - mean
         var = share @ centred.square()
         rstd = (var + self.eps).rsqrt()
         x_hat = centred * rstd
         keep(self, x_hat, rstd, share)
-        with torch.no_grad():
+        if self.track_running_stats:
             self.num_batches_tracked.add_(1)
             momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, momentum)
+            self.running_mean.lerp_(mean.detach(), momentum)
             # The biased variance normalises; the unbiased one is the estimate for data not yet seen.
-            self.running_var.lerp_(var * (n / (n - 1)), momentum)
+            self.running_var.lerp_(var.detach() * (n / (n - 1)), momentum)
         return torch.addcmul(bias, x_hat, weight)
 
     def backward(self, g):

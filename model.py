@@ -60,9 +60,9 @@ def share(contexts, vocab_size):
     """K batches of contexts (K, B, T) int64 -> a list of K trees that hold each distinct row once.
 
     Most of a window is padding, and most names begin like others, so the B * T/2 pairs of a level are
-    few distinct ones. A tree is (levels, ids): levels[l] = (children (2R,), counts (R,)) says which rows
-    of the level below make up each of R rows, and how often each occurs; ids (B,) finds each context's
-    row in the last level. Rows of level 0 are the characters.
+    few distinct ones. A tree is (levels, ids): levels[l] = (children (2R,), shares (R,), n) says which rows
+    of the level below make up each of R rows, and which share of the level's n pairs each stands for;
+    ids (B,) finds each context's row in the last level. Rows of level 0 are the characters.
     """
     K = len(contexts)
     batch = torch.arange(K, device=contexts.device).view(K, 1, 1)
@@ -73,8 +73,9 @@ def share(contexts, vocab_size):
         sizes = torch.bincount(keys // n**2, minlength=K)
         ids = ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)
         children = torch.stack((keys // n % n, keys % n), 1).view(-1)
-        sizes = sizes.tolist()
-        levels.append(list(zip(children.split([2 * size for size in sizes]), counts.float().split(sizes))))
+        sizes, pairs = sizes.tolist(), ids[0].numel()
+        shares = (counts / pairs).split(sizes)
+        levels.append(list(zip(children.split([2 * size for size in sizes]), shares, [pairs] * K)))
         n = max(sizes)
     return list(zip(zip(*levels), ids.squeeze(2)))
 
@@ -115,10 +116,10 @@ def forward_shared(net, tree):
     x, below = embedding.weight, iter(levels)
     for layer in layers:
         if isinstance(layer, FlattenConsecutive):
-            children, counts = next(below)
-            x = layer(x.index_select(0, children).view(len(counts), 2, -1))
+            children, shares, n = next(below)
+            x = layer(x.index_select(0, children).view(len(shares), 2, -1))
         elif isinstance(layer, BatchNorm1d):
-            x = layer(x, counts)
+            x = layer(x, shares, n)
         else:
             x = layer(x)
     return x.index_select(0, ids)
@@ -128,14 +129,14 @@ def backward_shared(net, tree, g):
     """Set .grad of every parameter, from g (B, vocab_size) = dL/dlogits of the last forward_shared()."""
     levels, ids = tree
     embedding, *layers = net
-    sizes = [len(embedding.weight)] + [len(counts) for _, counts in levels]
+    sizes = [len(embedding.weight)] + [len(shares) for _, shares, _ in levels]
     # A row that was taken several times gathers the gradients of all its uses.
     g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, ids, g)
     below = reversed(levels)
     for layer in reversed(layers):
         g = layer.backward(g)
         if isinstance(layer, FlattenConsecutive):
-            children, _ = next(below)
+            children, _, _ = next(below)
             g = g.flatten(0, 1)
             g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, children, g)
     embedding.weight.grad = g

@@ -67,11 +67,11 @@ def cross_entropy(logits, targets):
     """Logits (B, V), targets (B,) -> mean loss in nats, and its gradient (softmax - one-hot) / B."""
     targets = targets.unsqueeze(1)
     log_probs = logits.log_softmax(1)
-    picked = log_probs.gather(1, targets)
-    return -picked.mean().item(), log_probs.exp().scatter_(1, targets, picked.exp() - 1) / len(targets)
+    loss = -log_probs.gather(1, targets).mean().item()
+    return loss, log_probs.exp().scatter_(1, targets, -1.0, reduce="add").div_(len(targets))
 
 
-@torch.no_grad()
+@torch.inference_mode()  # every operation takes less time than under no_grad
 def sgd_step(net, parameters, tree, targets, lr):
     """One step of plain SGD on one minibatch -> its loss."""
     loss, grad = cross_entropy(forward_shared(net, tree), targets)
@@ -118,6 +118,9 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
         generator.set_state(state["generator"])
         device.set_rng_state(state["dropout"])
 
+    for layer in net:
+        if isinstance(layer, BatchNorm1d):
+            layer.track_running_stats = False  # only eval mode needs them, and then they are measured
     late, every = args.steps - max(1, args.steps // 4), max(1, args.steps // 200)
     net.train()
     with tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, disable=None) as bar:
@@ -141,6 +144,7 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
                 loss_sum = 0.0
             validate = done % max(every * 5, 1000) == 0
             if validate:
+                recompute_statistics(net, train_windows, batches=1)
                 curves["val"].append((done, evaluate(net, val_windows)))
             if validate or done % every == 0:
                 remark = ", ".join(f"{part} {curve[-1][1]:.3f}" for part, curve in curves.items() if curve)
@@ -165,25 +169,26 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
                     return None
     for mean, parameter in zip(average, parameters):
         parameter.copy_(mean)
-    recompute_statistics(net, train_windows, generator)
+    recompute_statistics(net, train_windows, batches=16)
     return curves
 
 
 @torch.no_grad()
-def recompute_statistics(net, window, generator, batches=60, batch_size=2048):
-    """BatchNorm1d's running statistics for averaged weights: none of them was measured; arXiv:1803.05407."""
+def recompute_statistics(net, window, batches, batch_size=8192):
+    """BatchNorm1d's running statistics over windows drawn at random, always the same; arXiv:1803.05407."""
+    generator, training = torch.Generator().manual_seed(0), net.training
     norms = [layer for layer in net if isinstance(layer, BatchNorm1d)]
     net.eval()  # no Dropout
     for norm in norms:
         norm.train().num_batches_tracked.zero_()
-        norm.momentum, momentum = None, norm.momentum
+        norm.momentum, norm.track_running_stats = None, True
     for _ in range(batches):
-        drawn = window[torch.randint(len(window), (1, batch_size), generator=generator)]
-        contexts, _ = contexts_and_targets(drawn)
+        contexts, _ = contexts_and_targets(window[torch.randint(len(window), (1, batch_size), generator=generator)])
         (tree,) = share(contexts.to(net[0].weight.device), len(net[0].weight))
         forward_shared(net, tree)
     for norm in norms:
-        norm.eval().momentum = momentum
+        norm.track_running_stats = False
+    net.train(training)
 
 
 def plot(path, curves, losses):

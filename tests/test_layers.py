@@ -126,7 +126,7 @@ def test_batch_norm(B, T, C, momentum, eps, seed):
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=6), sizes, seeds)
-def test_batch_norm_counts_stand_for_equal_rows(counts, C, seed):
+def test_batch_norm_shares_stand_for_equal_rows(counts, C, seed):
     torch.manual_seed(seed)
     counts = torch.tensor(counts)
     short, long = random_norm(C).double(), nn.BatchNorm1d(C).double()
@@ -141,12 +141,23 @@ def test_batch_norm_counts_stand_for_equal_rows(counts, C, seed):
         return torch.stack([part.sum(0) for part in rows.split(counts.tolist())])
 
     with torch.no_grad():
-        y = short(x, counts.double())
+        y = short(x, counts.double() / counts.sum(), len(repeated))
         torch.testing.assert_close(y.repeat_interleave(counts, 0), expected)
         torch.testing.assert_close(short.backward(gather(g)), gather(repeated.grad))
     torch.testing.assert_close(short.weight.grad, long.weight.grad)
     torch.testing.assert_close(short.bias.grad, long.bias.grad)
     torch.testing.assert_close(short.state_dict(), long.state_dict())
+
+
+def test_batch_norm_can_leave_its_statistics():
+    layer = random_norm(3)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = torch.randn(5, 3)
+    tracked = layer(x)
+    layer.load_state_dict(before)
+    layer.track_running_stats = False
+    torch.testing.assert_close(layer(x), tracked)
+    torch.testing.assert_close(layer.state_dict(), before)
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 1, 3)])

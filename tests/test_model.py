@@ -106,7 +106,7 @@ def test_shared_rows_change_nothing(seed, **config):
         targets = torch.randint(V, (B,))
         logits = same(batch)
         F.cross_entropy(logits, targets).backward()
-        tree = [(children, counts.double()) for children, counts in levels], ids
+        tree = [(children, (shares.double() * n).round() / n, n) for children, shares, n in levels], ids
         with torch.no_grad():
             torch.testing.assert_close(forward_shared(net, tree), logits)
             backward_shared(net, tree, (logits.softmax(1) - F.one_hot(targets, V)) / B)
@@ -120,11 +120,12 @@ def test_share_holds_each_distinct_row_once(K, B, T, V):
     contexts = torch.stack([padded_contexts(B, T, V) for _ in range(K)])
     for batch, (levels, ids) in zip(contexts, share(contexts, V)):
         rows = [(code,) for code in range(V)]
-        for level, (children, counts) in enumerate(levels, 1):
+        for level, (children, shares, n) in enumerate(levels, 1):
             rows = [rows[left] + rows[right] for left, right in children.view(-1, 2).tolist()]
             parts = [tuple(part) for context in batch.tolist() for part in zip(*[iter(context)] * 2**level)]
             assert sorted(rows) == sorted(set(parts))
-            assert counts.tolist() == [parts.count(row) for row in rows]
+            assert n == len(parts)
+            torch.testing.assert_close(shares, torch.tensor([parts.count(row) / n for row in rows]))
         assert [rows[i] for i in ids] == [tuple(context) for context in batch.tolist()]
 
 
