@@ -215,7 +215,7 @@ def flags():
     parser.add_argument("--data", default=os.path.join(HERE, "names.txt"), help="a text file, one name a line (names.txt)")
     parser.add_argument("--out", default=os.path.join(HERE, "model_state.pth"), help="where the network goes (model_state.pth)")
     parser.add_argument("--steps", type=number(int, 1, 10**12), default=200_000, help="SGD steps (200000)")
-    parser.add_argument("--batch-size", type=number(int, 2, 10**6), default=64, help="windows a step (64)")
+    parser.add_argument("--batch-size", type=number(int, 2, 10**6), default=96, help="windows a step (96)")
     parser.add_argument("--block-size", type=number(int, 2, 2**16), default=16, help="characters seen, a power of two (16)")
     parser.add_argument("--n-embd", type=number(int, 1, 10**5), default=24, help="size of a character's vector (24)")
     parser.add_argument("--n-hidden", type=number(int, 1, 10**5), default=280, help="size of each level (280)")

@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from layers import FlattenConsecutive  # noqa: E402
+from layers import BatchNorm1d, FlattenConsecutive  # noqa: E402
 from model import Vocabulary, load, read_names, wavenet  # noqa: E402
 from sampling import BATCH, generate  # noqa: E402
 
-ROUNDS = 7
+ROUNDS = 15
 
 
 class PlainNet:
@@ -85,7 +85,7 @@ def in_turn(ours, plain):
     return ratios[1:]
 
 
-def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_size=32, steps=200):
+def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_size=32, steps=100):
     torch.set_num_threads(threads)
     names = read_names(ROOT / "names.txt")
     vocab = Vocabulary(names)
@@ -94,6 +94,9 @@ def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_si
     torch.manual_seed(1)
     args = train.flags().parse_args(["--batch-size", str(batch_size), "--dropout", str(dropout)])
     net = wavenet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
+    for layer in net:
+        if isinstance(layer, BatchNorm1d):
+            layer.track_running_stats = False  # as in train()
     parameters = list(net.parameters())
 
     def ours():
