@@ -180,13 +180,22 @@ def test_average_is_the_mean_over_the_last_quarter(monkeypatch):
     assert len(seen) == 100
 
 
-def test_statistics_are_those_of_the_training_windows():
-    net, vocab, _ = trained(small(steps=50))
-    contexts, _ = train.contexts_and_targets(train.windows(NAMES, vocab, 4))
-    first = net[1](net[0](contexts)) @ net[2].weight.T
-    first = first.flatten(0, 1)
-    torch.testing.assert_close(net[3].running_mean, first.mean(0), rtol=0, atol=0.02)
-    torch.testing.assert_close(net[3].running_var, first.var(0), rtol=0.05, atol=0.02)
+def test_statistics_are_those_of_the_training_windows(monkeypatch):
+    """Of the weights as they are, whenever the network is validated, and at the end."""
+    vocab, validated = Vocabulary(NAMES), []
+
+    def check(net, window):
+        contexts, _ = train.contexts_and_targets(window)
+        first = (net[1](net[0](contexts)) @ net[2].weight.T).flatten(0, 1)
+        torch.testing.assert_close(net[3].running_mean, first.mean(0), rtol=0, atol=0.02)
+        torch.testing.assert_close(net[3].running_var, first.var(0), rtol=0.05, atol=0.02)
+        validated.append(net)
+        return 0.0
+
+    monkeypatch.setattr(train, "evaluate", check)
+    net, *_ = trained(small(steps=1000))
+    assert len(validated) == 1
+    check(net, train.windows(NAMES, vocab, 4))
 
 
 def test_evaluate_is_the_mean_over_all_windows():

@@ -5,13 +5,14 @@
 set -eu
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
+TIMEFORMAT="%U seconds of processor time"
 
 run() {
     name=$1
     shift
     mkdir -p "$folder/$name"
     echo "$name: python train.py $*"
-    python train.py "$@" --out "$folder/$name/model_state.pth" | head -2
+    time python train.py "$@" --out "$folder/$name/model_state.pth" | head -2
 }
 
 # The default, three seeds; the shipped one has the best validation loss of them.
@@ -23,9 +24,14 @@ run seed3 --seed 3
 run no_dropout --dropout 0
 run batch32 --batch-size 32
 # Initial weights with Kaiming's gain for tanh, in a copy of the project.
-cp ./*.py names.txt "$(mkdir -p "$folder/code" && echo "$folder/code")"
-sed -i 's|data \*= 0.5$|data *= 5 / 3|' "$folder/code/model.py"
-(cd "$folder/code" && run gain)
+mkdir -p "$folder/gain_code" "$folder/depth_code"
+cp ./*.py names.txt "$folder/gain_code"
+sed -i 's|data \*= 0.5$|data *= 5 / 3|' "$folder/gain_code/model.py"
+(cd "$folder/gain_code" && run gain)
+# Dropout that grows from level to level: 0.055, 0.11, 0.165, 0.22.
+cp ./*.py names.txt "$folder/depth_code"
+sed -i 's|Dropout(dropout))|Dropout(dropout * (len(layers) // 5) / 4))|' "$folder/depth_code/model.py"
+(cd "$folder/depth_code" && run depth --dropout 0.22)
 
 # The published configurations.
 lecture="--block-size 8 --batch-size 32 --dropout 0"
