@@ -93,10 +93,10 @@ def predictions(net, window, batch_size=8192):
     net.train(training)
 
 
-def evaluate(net, window):
+def evaluate(net, window, batch_size=8192):
     """Mean loss, in nats a character, of the network in eval mode over all windows."""
-    losses = [F.cross_entropy(*prediction, reduction="sum").item() for prediction in predictions(net, window)]
-    return sum(losses) / len(window)
+    batches = predictions(net, window, batch_size)
+    return sum(F.cross_entropy(*batch, reduction="sum").item() for batch in batches) / len(window)
 
 
 @torch.no_grad()
@@ -111,10 +111,10 @@ def calibrate(net, window):
         slope = curvature = 0.0
         for logits, targets in predictions(net, window):
             probs = (scale * logits).softmax(1)
-            mean = (probs * logits).sum(1)
-            slope += (mean - logits.gather(1, targets.unsqueeze(1)).squeeze(1)).sum().item()
-            curvature += ((probs * logits.square()).sum(1) - mean.square()).sum().item()
-        scale = min(max(scale - slope / curvature, 0.8), 1.25)
+            mean = (probs * logits).sum(1, keepdim=True)
+            slope += (mean - logits.gather(1, targets.unsqueeze(1))).sum().item()
+            curvature += (probs * (logits - mean).square()).sum().item()
+        scale = min(max(scale - slope / max(curvature, TINY), 0.8), 1.25)
     net[-1].weight.mul_(scale)
     net[-1].bias.mul_(scale)
 

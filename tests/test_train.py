@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from scipy.stats import chisquare
 from test_model import twin
 from torch.nn import functional as F
@@ -196,6 +197,26 @@ def test_statistics_are_those_of_the_training_windows(monkeypatch):
     net, *_ = trained(small(steps=1000))
     assert len(validated) == 1
     check(net, train.windows(NAMES, vocab, 4))
+
+
+@pytest.mark.parametrize("too_sure, left", [(1.1, 1.0), (0.9, 1.0), (9.0, 9 * 0.8), (0.1, 0.1 * 1.25)])
+def test_calibrate_takes_back_what_is_too_sure(too_sure, left):
+    """On names that the network drew itself, its own logits are the best ones; a factor of 0.8 to 1.25 is found."""
+    net, vocab, _ = trained(small(steps=100))
+    window = train.windows(generate(net.eval(), vocab, 5000), vocab, 4)
+    contexts, targets = train.contexts_and_targets(window)
+    net[-1].weight.data *= too_sure
+    net[-1].bias.data *= too_sure
+    before, logits = net[-1].weight.data.clone(), net(contexts)
+
+    def loss(scale):
+        return F.cross_entropy(scale * logits, targets).item()
+
+    scale = minimize_scalar(loss, bounds=(0.8, 1.25), method="bounded").x
+    train.calibrate(net, window)
+    torch.testing.assert_close(net[-1].weight.data, before * scale, rtol=5e-3, atol=0)
+    torch.testing.assert_close(net(contexts), logits * scale, rtol=5e-3, atol=1e-5)
+    assert scale * too_sure == pytest.approx(left, rel=0.03)
 
 
 def test_evaluate_is_the_mean_over_all_windows():
