@@ -20,18 +20,27 @@ run seed1 --seed 1
 run seed2 --seed 2
 run seed3 --seed 3
 
-# What moves the loss. (Weights not averaged: the last validation loss that a default run shows.)
+# What moves the loss.
 run no_dropout --dropout 0
 run batch32 --batch-size 32
-# Initial weights with Kaiming's gain for tanh, in a copy of the project.
-mkdir -p "$folder/gain_code" "$folder/depth_code"
-cp ./*.py names.txt "$folder/gain_code"
-sed -i 's|data \*= 0.5$|data *= 5 / 3|' "$folder/gain_code/model.py"
-(cd "$folder/gain_code" && run gain)
+
+# The same in copies of the project, each with one line changed.
+changed() {
+    copy=$folder/$1_code file=$2 change=$3
+    mkdir -p "$copy"
+    cp ./*.py names.txt "$copy"
+    sed -i "$change" "$copy/$file"
+    ! cmp -s "$file" "$copy/$file"
+}
+# Logits as they are. (What weights that are not averaged reach is the last validation loss of this run.)
+changed no_scale train.py '/calibrate(plain/d'
+(cd "$copy" && run no_scale)
+# Initial weights with Kaiming's gain for tanh.
+changed gain model.py 's|data \*= 0.5$|data *= 5 / 3|'
+(cd "$copy" && run gain)
 # Dropout that grows from level to level: 0.055, 0.11, 0.165, 0.22.
-cp ./*.py names.txt "$folder/depth_code"
-sed -i 's|Dropout(dropout))|Dropout(dropout * (len(layers) // 5) / 4))|' "$folder/depth_code/model.py"
-(cd "$folder/depth_code" && run depth --dropout 0.22)
+changed depth model.py 's|Dropout(dropout))|Dropout(dropout * (len(layers) // 5) / 4))|'
+(cd "$copy" && run depth --dropout 0.22)
 
 # The published configurations.
 lecture="--block-size 8 --batch-size 32 --dropout 0"
