@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README's tables, one after the other; each prints its losses. Two hours on one core.
+# The runs behind the README's tables, one after the other; each prints its losses. Three hours on one core.
 #
 #     bash tests/what_moves_the_loss.sh FOLDER        the networks and pictures go into FOLDER
 set -eu
