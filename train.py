@@ -109,6 +109,7 @@ def calibrate(net, window):
     scale = 1.0
     for _ in range(4):  # of Newton's method: the loss is convex in the scale
         slope = curvature = 0.0
+        # Each time anew: the logits of all windows, of a large vocabulary, might not fit into the memory.
         for logits, targets in predictions(net, window):
             probs = (scale * logits).softmax(1)
             mean = (probs * logits).sum(1, keepdim=True)
@@ -205,13 +206,14 @@ def recompute_statistics(net, window, batches, batch_size=8192):
     net.eval()  # no Dropout
     for norm in norms:
         norm.train().num_batches_tracked.zero_()
-        norm.momentum, norm.track_running_stats = None, True
+        norm.momentum, momentum = None, norm.momentum
+        norm.track_running_stats, tracked = True, norm.track_running_stats
     for _ in range(batches):
         contexts, _ = contexts_and_targets(window[torch.randint(len(window), (1, batch_size), generator=generator)])
         (tree,) = share(contexts.to(net[0].weight.device), len(net[0].weight))
         forward_shared(net, tree)
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.track_running_stats = momentum, tracked
     net.train(training)
 
 

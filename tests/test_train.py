@@ -197,6 +197,7 @@ def test_statistics_are_those_of_the_training_windows(monkeypatch):
     net, *_ = trained(small(steps=1000))
     assert len(validated) == 1
     check(net, train.windows(NAMES, vocab, 4))
+    assert net[3].momentum == 0.1
 
 
 @pytest.mark.parametrize("too_sure, left", [(1.1, 1.0), (0.9, 1.0), (9.0, 9 * 0.8), (0.1, 0.1 * 1.25)])
