@@ -1,6 +1,6 @@
 """Times the project against plain code that does the same, in turn, and prints the ratios.
 
-    python tests/benchmark.py          about five minutes; close other programs first
+    python tests/benchmark.py          about eight minutes; close other programs first
 """
 
 import os

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from model import load, read_names
 from sampling import generate
-from train import contexts_and_targets, windows
+from train import predictions, windows
 
 N = 10_000
 
@@ -24,24 +24,24 @@ def shares(drawn, names, train):
     return [sum(name not in names for name in drawn) / len(drawn), len(set(drawn)) / len(drawn), distance]
 
 
-@torch.no_grad()
-def loss(net, vocab, names, temperature):
-    contexts, targets = contexts_and_targets(windows(names, vocab, torch.load(ROOT / "model_state.pth")["config"]["block_size"]))
-    logits = torch.cat([net(part) for part in contexts.split(4096)])
-    return F.cross_entropy(logits / temperature, targets).item()
+def loss(net, window, temperature):
+    batches = predictions(net, window)
+    total = sum(F.cross_entropy(logits / temperature, targets, reduction="sum").item() for logits, targets in batches)
+    return total / len(window)
 
 
 def main():
     names = read_names(ROOT / "names.txt")
     train, _, val = split(names)
     net, vocab = load(ROOT / "model_state.pth")
+    window = windows(val, vocab, torch.load(ROOT / "model_state.pth")["config"]["block_size"])
     counts = KneserNey(train)
     torch.manual_seed(1)
     random.seed(1)
     print("| | not in names.txt | distinct | length distance | val 0.8 | val 1.0 | val 1.2 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     temperatures = 0.8, 1.0, 1.2
-    ours = shares(generate(net, vocab, N), set(names), train) + [loss(net, vocab, val, t) for t in temperatures]
+    ours = shares(generate(net, vocab, N), set(names), train) + [loss(net, window, t) for t in temperatures]
     theirs = shares([counts.draw() for _ in range(N)], set(names), train) + [counts.loss(val, t) for t in temperatures]
     held_out = shares(val, set(train), train)
     for what, row in ("this network", ours), ("Kneser-Ney 6-gram", theirs):
