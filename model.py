@@ -2,12 +2,16 @@
 
 import hashlib
 import io
+import math
 import os
+import pickle
+import shutil
+import stat
 import zipfile
-from contextlib import suppress
 from pickletools import genops
+from tempfile import TemporaryDirectory
 from textwrap import shorten
-from unicodedata import category
+from unicodedata import category, normalize
 
 import torch
 from torch import nn
@@ -16,15 +20,9 @@ from layers import BatchNorm1d, Dropout, Embedding, FlattenConsecutive, Linear, 
 
 END = "."  # ends every name and pads the context on the left
 
-# All that a file of tensors may name. torch.load(weights_only=True) knows a few more, some of which a
-# file of a hundred bytes could use to fill the memory.
-GLOBALS = {
-    "collections OrderedDict",
-    "torch FloatStorage",
-    "torch LongStorage",
-    "torch ByteStorage",
-    "torch._utils _rebuild_tensor_v2",
-}
+LARGEST_BLOCK = 1024
+LARGEST_LIST = 2**28  # characters; a pipe might never end
+LARGEST_PIPE = 2**30  # bytes of a checkpoint that comes through a pipe
 
 
 class Vocabulary:
@@ -80,33 +78,44 @@ def share(contexts, vocab_size):
     return list(zip(zip(*levels), ids.squeeze(2)))
 
 
-def wavenet(vocab_size, block_size, n_embd, n_hidden, dropout=0.0):
+class WaveNet(nn.Sequential):
     """The network: contexts (B, block_size) int64 -> logits (B, vocab_size).
 
     log2(block_size) levels join the characters pair by pair, each FlattenConsecutive(2), Linear,
     BatchNorm1d, Tanh: (B, T, C) -> (B, T/2, 2C) -> (B, T/2, n_hidden). It is the tree of dilated
     convolutions of WaveNet, arXiv:1609.03499, seen through one output. With dropout > 0, a Dropout follows
     each Tanh.
-    Raises ValueError when block_size is not a power of two of at least 2.
+    Raises ValueError when block_size is not a power of two of at least 2, and for contexts of another size.
     """
-    if block_size < 2 or block_size & (block_size - 1):
-        raise ValueError(f"block_size must be a power of two of at least 2, not {block_size}")
-    layers, n_in = [Embedding(vocab_size, n_embd)], n_embd
-    for _ in range(block_size.bit_length() - 1):
-        linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would take a bias away again
-        # BatchNorm1d takes the scale of this weight away again, and what it leaves is that a step of SGD
-        # turns a smaller weight further: arXiv:1706.05350. With 0.5 in place of Kaiming's gain for tanh,
-        # 5/3, which would keep the variance from level to level, training gets further in its steps.
-        linear.weight.data *= 0.5
-        layers += [FlattenConsecutive(2), linear, BatchNorm1d(n_hidden), Tanh()]
-        if dropout:
-            layers.append(Dropout(dropout))
-        n_in = n_hidden
-    head = Linear(n_hidden, vocab_size)
-    # Small logits: training starts at a loss of about ln(vocab_size), knowing nothing, and not from
-    # confident mistakes that it would first have to unlearn.
-    head.weight.data *= 0.1
-    return nn.Sequential(*layers, head)
+
+    def __init__(self, vocab_size, block_size, n_embd, n_hidden, dropout=0.0):
+        if block_size < 2 or block_size & (block_size - 1):
+            raise ValueError(f"block_size must be a power of two of at least 2, not {block_size}")
+        layers, n_in = [Embedding(vocab_size, n_embd)], n_embd
+        for _ in range(block_size.bit_length() - 1):
+            linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would take a bias away again
+            # BatchNorm1d takes the scale of this weight away again, and what it leaves is that a step of SGD
+            # turns a smaller weight further: arXiv:1706.05350. With 0.5 in place of Kaiming's gain for tanh,
+            # 5/3, which would keep the variance from level to level, training gets further in its steps.
+            linear.weight.data *= 0.5
+            layers += [FlattenConsecutive(2), linear, BatchNorm1d(n_hidden), Tanh()]
+            if dropout:
+                layers.append(Dropout(dropout))
+            n_in = n_hidden
+        head = Linear(n_hidden, vocab_size)
+        # Small logits: training starts at a loss of about ln(vocab_size), knowing nothing, and not from
+        # confident mistakes that it would first have to unlearn.
+        head.weight.data *= 0.1
+        super().__init__(*layers, head)
+        self.config = dict(vocab_size=vocab_size, block_size=block_size, n_embd=n_embd, n_hidden=n_hidden)
+
+    def forward(self, contexts):
+        if contexts.dim() != 2 or contexts.shape[1] != self.config["block_size"]:
+            raise ValueError(f"contexts must be (B, {self.config['block_size']}), not {tuple(contexts.shape)}")
+        return super().forward(contexts)
+
+    def __getitem__(self, index):
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
 
 def forward_shared(net, tree):
@@ -142,47 +151,64 @@ def backward_shared(net, tree, g):
     embedding.weight.grad = g
 
 
+def canonical(name):
+    """The form in which equal names are equal: Unicode's NFC, without blanks around it."""
+    return normalize("NFC", name).strip()
+
+
 def read_names(path):
-    """The names of a UTF-8 text file, one a line; blank lines and blanks around names do not count.
+    """The names of a UTF-8 text file, one a line, each as canonical(); blank lines do not count.
 
     Raises ValueError when the file cannot be read or holds no list of names.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            names = [name for line in file if (name := line.strip())]
+            text = file.read(LARGEST_LIST + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): give a text file with one name a line") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    if len(text) > LARGEST_LIST:
+        raise ValueError(f"{path} holds more than {LARGEST_LIST:,} characters: give a part of it")
+    names = [name for line in normalize("NFC", text).split("\n") if (name := line.strip())]
     if not names:
         raise ValueError(f"{path} holds no names: give a text file with one name a line")
-    for char in sorted(set().union(*names)):
+    for char in sorted(set(text) - {"\n"}):
         if char == END or category(char) == "Cc":
-            name = next(name for name in names if char in name)
-            what = f"{END!r}, which marks the end of a name" if char == END else f"the control character {char!r}"
-            raise ValueError(f"{path}: {shorten(repr(name), 60)} holds {what}: take it out")
+            # A tab before or after a name is no part of it.
+            if name := next((name for name in names if char in name), None):
+                what = f"{END!r}, which marks the end of a name" if char == END else f"the control character {char!r}"
+                raise ValueError(f"{path}: {shorten(repr(name), 60)} holds {what}: take it out")
     return names
 
 
+def digest(names):
+    """A list of names -> the SHA-256 that tells it from others."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
 def write(path, data):
-    """Put bytes into the file at path, so that a crash leaves either the old file or the whole new one."""
-    temporary = f"{path}.tmp"
+    """Put bytes into the file at path, so that a crash leaves either the old file or the whole new one.
+
+    A link stays a link, and a file keeps its permissions. Raises ValueError when it cannot be written.
+    """
+    path = os.path.realpath(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            os.remove(temporary)
-        if isinstance(error, OSError):
-            error.filename = str(path)
-        raise
+        with TemporaryDirectory(prefix=".", suffix=".tmp", dir=os.path.dirname(path)) as folder:
+            temporary = os.path.join(folder, "new")
+            with open(temporary, "wb") as file:
+                if os.path.exists(path):
+                    shutil.copymode(path, temporary)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): make room there, or choose another place") from None
 
 
 def write_tensors(path, content):
-    """Write a dict of tensors, numbers, strings, lists and dicts to the file at path.
+    """Write a dict of tensors, numbers, strings, lists, tuples and dicts to the file at path.
 
     It is a file of torch.save(), a zip archive, whose comment is the SHA-256 of all before it.
     """
@@ -192,61 +218,135 @@ def write_tensors(path, content):
     write(path, data + hashlib.sha256(data).hexdigest().encode())
 
 
-def read_tensors(path, advice):
-    """What write_tensors() wrote, checked before anything is made of it: no code of the file is run.
+def rebuild_tensor(storage, offset, size, *_):
+    """What torch._utils._rebuild_tensor_v2 makes of a contiguous tensor's pickle."""
+    return storage[offset : offset + math.prod(size)].view(size)
+
+
+class Unpickler(pickle.Unpickler):
+    """Makes plain values, and tensors of an archive's records: all that write_tensors() writes, no more.
+
+    torch.load(weights_only=True) knows some more, with which a file of a hundred bytes could fill the memory.
+    """
+
+    OPCODES = set(
+        "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 "
+        "TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET "
+        "GLOBAL BINPERSID REDUCE".split()
+    )
+    GLOBALS = {
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("collections", "OrderedDict"): dict,
+        ("torch", "FloatStorage"): torch.float32,
+        ("torch", "LongStorage"): torch.int64,
+    }
+
+    def __init__(self, archive):
+        (path,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        data = archive.read(path)
+        for i, (opcode, argument, _) in enumerate(genops(data)):
+            memo = opcode.name in ("BINPUT", "LONG_BINPUT") and argument
+            if opcode.name not in self.OPCODES or i > 100_000 or memo > i:
+                raise pickle.UnpicklingError(f"unexpected {opcode.name}")
+        super().__init__(io.BytesIO(data))
+        self.archive, self.folder, self.storages = archive, path.removesuffix("data.pkl"), {}
+
+    def find_class(self, module, name):
+        return self.GLOBALS[module, name]
+
+    def persistent_load(self, identity):
+        _, dtype, key, *_ = identity
+        if key not in self.storages:  # read once, however often it is asked for
+            data = self.archive.read(f"{self.folder}data/{key}")
+            self.storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self.storages[key]
+
+
+def out_of_memory(error):
+    """Whether a MemoryError, or the RuntimeError that torch makes of it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "you tried to allocate" in str(error)
+
+
+def read_tensors(path, kinds, advice):
+    """What write_tensors() wrote, a dict whose values are of these kinds, {key: type}. Runs no code of the file.
 
     Raises ValueError, which ends with the advice, when the file at path cannot be read, is damaged, or
-    is no such file.
+    holds something else.
     """
+    damaged = ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+            if not pipe and not os.path.isfile(path):
+                raise ValueError(f"{path} is no file: {advice}")
+            if file.peek(4)[:4] != b"PK\3\4":  # no zip archive: not worth reading, however large it is
+                raise damaged
+            data = file.read(LARGEST_PIPE if pipe else -1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
     try:
-        if hashlib.sha256(data[:-64]).hexdigest().encode() != data[-64:]:
-            raise ValueError
+        if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
+            raise damaged
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError  # what is packed could unpack to anything
-            (pickle,) = (archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
-        for opcode, argument, _ in genops(pickle):
-            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4") and argument not in GLOBALS:
-                raise ValueError
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # a broken zip and a broken pickle raise almost anything
-        raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}") from None
+            records = archive.infolist()
+            # What is packed, or stands in the file once for many records, could grow to anything.
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise damaged
+            if sum(record.file_size for record in records) > len(data):
+                raise damaged
+            content = Unpickler(archive).load()
+    except Exception as error:  # a broken zip and a broken pickle raise almost anything
+        raise error if out_of_memory(error) else damaged from None
+    if type(content) is not dict or any(type(content.get(key)) is not kind for key, kind in kinds.items()):
+        raise ValueError(f"{path} holds something else: {advice}")
+    return content
+
+
+def check(state_dict, net):
+    """Raises ValueError unless state_dict fits into net and its numbers are such as a network can have."""
+    expected = net.state_dict()
+    if list(state_dict) != list(expected):
+        raise ValueError("the layers are not those of the network")
+    for name, tensor in state_dict.items():
+        like = expected[name]
+        if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"{name} is not {like.dtype} of {tuple(like.shape)}")
+        if not tensor.isfinite().all() or (name.endswith("_var") and (tensor < 0).any()):
+            raise ValueError(f"{name} holds numbers that are not finite, or negative variances")
 
 
 def save(path, net, vocab, made):
-    """Write a checkpoint: the state dict, the sizes, the vocabulary, and how it was made (a flat dict)."""
-    config = {
-        "vocab_size": len(vocab),
-        "block_size": 2 ** sum(isinstance(layer, FlattenConsecutive) for layer in net),
-        "n_embd": net[0].weight.shape[1],
-        "n_hidden": net[-1].in_features,
-    }
+    """Write a checkpoint: the state dict, the sizes, the vocabulary, and how it was made (a flat dict).
+
+    Raises ValueError, and writes nothing, when a weight is not finite or the file cannot be written.
+    """
     state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
-    write_tensors(path, {"config": config, "vocab": vocab.chars, "made": made, "state_dict": state})
+    check(state, net)
+    write_tensors(path, {"config": net.config, "vocab": vocab.chars, "made": made, "state_dict": state})
 
 
 def load(path):
-    """path -> (the network in eval mode, its vocabulary). Runs no code from the file.
+    """path -> (the network in eval mode, its vocabulary, how it was made). Runs no code from the file.
 
     Raises ValueError when the file cannot be read or is not a whole checkpoint.
     """
-    checkpoint = read_tensors(path, "train a network with train.py first")
+    kinds = {"config": dict, "vocab": str, "made": dict, "state_dict": dict}
+    checkpoint = read_tensors(path, kinds, "train a network with train.py first")
+    config, chars, made, state = (checkpoint[key] for key in kinds)
     try:
-        config, vocab = checkpoint["config"], Vocabulary([checkpoint["vocab"][1:]])
-        V, T, E, H = (config[name] for name in ("vocab_size", "block_size", "n_embd", "n_hidden"))
-        # A network larger than its file is refused before memory is taken for it.
-        parameters = V * E + 2 * E * H + 2 * H * H * (T.bit_length() - 2) + H * V
-        if 4 * parameters > os.path.getsize(path) or min(V, T, E, H) < 1:
-            raise ValueError
-        net = wavenet(V, T, E, H)
-        net.load_state_dict(checkpoint["state_dict"])
-        if vocab.chars != checkpoint["vocab"] or len(vocab) != V:
-            raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{path}: its sizes, vocabulary and weights do not fit together: train a network anew") from None
-    return net.eval(), vocab
+        vocab = Vocabulary([chars[1:]])
+        if vocab.chars != chars or any(category(char) in ("Cc", "Cs") for char in chars):
+            raise ValueError("its characters are no alphabet")
+        (V, E), (_, H) = state["0.weight"].shape, list(state.values())[-2].shape
+        T = config["block_size"]
+        if any(type(size) is not int for size in config.values()) or min(V, E, H) < 1 or T > LARGEST_BLOCK:
+            raise ValueError("its sizes are impossible")
+        if config != dict(vocab_size=len(chars), block_size=T, n_embd=E, n_hidden=H):
+            raise ValueError("its sizes are not those of its weights")
+        with torch.device("meta"):  # it takes no memory until its weights are put in
+            net = WaveNet(**config)
+        check(state, net)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no network of train.py ({shorten(str(error), 80)}): name another one") from None
+    net.load_state_dict(state, assign=True)
+    return net.eval(), vocab, made

@@ -1,18 +1,26 @@
 """Print new names, drawn character by character from a trained model."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported
+
 import argparse
 import math
 import os
 import sys
 from contextlib import contextmanager, suppress
 from itertools import islice, takewhile
+from unicodedata import normalize
 
 import torch
 
 from layers import BatchNorm1d, Linear
-from model import END, load, read_names
+from model import END, canonical, digest, load, out_of_memory, read_names
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+NAMES, MODEL = (os.path.join(HERE, name) for name in ("names.txt", "model_state.pth"))
+MAX_SEED = 2**32 - 1
 TINY = 1e-6  # the smallest positive number that a flag takes
 BATCH = 8192  # names drawn at once
 
@@ -21,28 +29,74 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one line on stderr and exit status 2 for any error."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        remark(f"{self.prog}: error: {message}")
+        self.exit(2)
 
     @contextmanager
     def one_line_errors(self):
         """What can go wrong inside ends the program with one line, or quietly, but with no traceback."""
-        if sys.stdout is not None:
-            sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
+        # A stream that was closed before the start is one that nobody reads.
+        sys.stdout = sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
         try:
-            yield
-            if sys.stdout is not None:
+            with on_signals(interrupt):
+                yield
                 sys.stdout.flush()
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except BrokenPipeError:  # the reader has enough: nothing more can be printed, nor must Python try
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except KeyboardInterrupt as error:
+            sys.exit(128 + (*error.args, signal.SIGINT)[0])
+        except BrokenPipeError:  # the reader has enough
+            self.close_stdout()
             sys.exit(141)
-        except (ValueError, MemoryError) as error:
-            self.error(str(error) or "out of memory")
-        except OSError as error:
-            if error.filename is None:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.error(f"{error.filename or 'standard output'} cannot be written ({error.strerror})")
+        except OSError as error:  # of reading and writing files, model.py makes a ValueError
+            self.close_stdout()
+            self.error(f"standard output cannot be written ({error.strerror})")
+        except ValueError as error:
+            self.error(str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            self.error("there is not enough memory: close other programs, or take smaller sizes")
+
+    def close_stdout(self):
+        """Nothing more can be printed, nor must Python try when it ends."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def remark(text):
+    """Print one line on stderr, with escapes for what is not printable. That nobody listens is no error."""
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")
+
+
+@contextmanager
+def on_signals(handler):
+    """Inside, the first signal that asks the program to stop calls handler(signum), and a second ends it at once.
+
+    A signal that was ignored, as in the background of a script, stays so.
+    """
+    signums = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {signum: signal.getsignal(signum) for signum in signums if signal.getsignal(signum) != signal.SIG_IGN}
+
+    def first(signum, frame):
+        for signum_ in before:
+            signal.signal(signum_, signal.SIG_DFL)
+        handler(signum)
+
+    for signum in before:
+        signal.signal(signum, first)
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+def interrupt(signum):
+    raise KeyboardInterrupt(signum)
 
 
 def number(kind, low, high=math.inf):
@@ -149,14 +203,14 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=50
 
 
 def new_names(draw, known):
-    """Names from draw(), a function that returns a list of them, that are not `known`, each once.
+    """Names from draw(), a function that returns a list of them, that are not `known`, each once, canonical().
 
     It ends after a hundred draws in a row that bring nothing new.
     """
-    seen, dry = set(known), 0
+    seen, dry = {"", *known}, 0
     while dry < 100:
         dry += 1
-        for name in draw():
+        for name in map(canonical, draw()):
             if name not in seen:
                 seen.add(name)
                 dry = 0
@@ -166,41 +220,46 @@ def new_names(draw, known):
 def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("-n", "--num-samples", type=number(int, 1, 10**9), default=20, help="how many names (20)")
-    parser.add_argument("--model", default=os.path.join(HERE, "model_state.pth"), help="what train.py wrote (model_state.pth)")
+    parser.add_argument("--model", default=MODEL, help="what train.py wrote (model_state.pth)")
     parser.add_argument("--start", default="", metavar="TEXT", help="only names that begin so")
     parser.add_argument("--temperature", type=number(float, TINY, 1 / TINY), default=1.0, help="below 1 more usual names, above 1 stranger ones (1)")
     parser.add_argument("--top-k", type=number(int, 1, 10**9), metavar="K", help="draw each character from the K likeliest only")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="the same names at every run (none: new ones)")
+    parser.add_argument("--seed", type=number(int, 0, MAX_SEED), help="the same names at every run (none: new ones)")
     parser.add_argument("--max-length", type=number(int, 1, 10**6), default=50, help="cut names at so many characters (50)")
-    parser.add_argument("--new", action="store_true", help="only names that are not in --data, each once")
-    parser.add_argument("--data", default=os.path.join(HERE, "names.txt"), help="the list for --new (names.txt)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--new", action="store_true", help="only names that are not in the list it was trained on, each once")
+    parser.add_argument("--data", metavar="LIST", help="that list (names.txt, if it was trained on that)")
+    parser.add_argument("--threads", type=number(int, 1, 1024), default=1, help="processor cores to use (1)")
     with parser.one_line_errors():
-        run(args)
+        run(parser.parse_args(argv))
 
 
 def run(args):
     """Print what was asked for."""
+    torch.set_num_threads(args.threads)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     else:
         torch.seed()
-    if len(args.start) > args.max_length:
-        raise ValueError(f"--start {args.start!r} is longer than --max-length {args.max_length}")
-    net, vocab = load(args.model)
+    start = normalize("NFC", args.start)
+    if len(start) > args.max_length:
+        raise ValueError(f"--start {start!r} is longer than --max-length {args.max_length}")
+    net, vocab, made = load(args.model)
     batch = max(1, min(BATCH, 2**22 // len(vocab)))
 
     def draw(n):
-        return generate(net, vocab, min(n, batch), args.start, args.temperature, args.top_k, args.max_length)
+        return generate(net, vocab, min(n, batch), start, args.temperature, args.top_k, args.max_length)
 
     left = args.num_samples
     if args.new:
-        names = new_names(lambda: draw(max(left, 100)), read_names(args.data))
+        known = read_names(NAMES if args.data is None else args.data)
+        if args.data is None and digest(known) != made.get("names"):
+            raise ValueError(f"{args.model} was not trained on names.txt: give --new its list with --data LIST")
+        names = new_names(lambda: draw(max(left, 100)), known)
         for name in islice(names, left):
             print(name)
             left -= 1
         if left:
-            print(f"only {args.num_samples - left} new names found", file=sys.stderr)
+            remark(f"only {args.num_samples - left} new names found")
     while not args.new and left > 0:
         names = draw(left)
         print("\n".join(names))

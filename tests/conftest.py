@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,11 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import matplotlib.figure  # noqa: E402, F401  not in each fork anew
+
+import train  # noqa: E402
+
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes; two threads on a busy machine wait for each other
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
@@ -19,6 +26,44 @@ def run(script, *args, **kwargs):
     """Run a script of the project as its own process -> the finished process, with its output as text."""
     kwargs = dict(capture_output=True, text=True, timeout=120) | kwargs
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], **kwargs)
+
+
+def forked(main, *args, before=lambda: None):
+    """Like run(), in a fork of this process, which need not import torch anew."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        pid = os.fork()
+        if pid == 0:
+            status = 70
+            try:
+                os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                before()
+                main(list(map(str, args)))
+                status = 0
+            except SystemExit as exit:
+                status = exit.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(pid, 0)
+        out.seek(0), err.seek(0)
+        return subprocess.CompletedProcess(args, os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode())
+
+
+def train_until(where, nth, signums, *args):
+    """Run train.py, which gets the signals as it calls its function `where` for the nth time."""
+    calls = iter(range(1, nth + 1))
+    original = getattr(train, where)
+
+    def call(*args, **kwargs):
+        if next(calls, None) == nth:
+            for signum in signums:
+                os.kill(os.getpid(), signum)
+        return original(*args, **kwargs)
+
+    return forked(train.main, *args, before=lambda: setattr(train, where, call))
 
 
 @pytest.fixture
@@ -43,6 +88,6 @@ def tiny(tmp_path_factory):
     names = ["ada", "bea", "cleo", "dora", "edda", "finn", "gus", "hal", "ida", "jo", "kai", "lea"]
     (folder / "names.txt").write_text("\n".join(names) + "\n")
     small = "--steps 40 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
-    process = run("train.py", "--data", folder / "names.txt", "--out", folder / "model.pth", *small)
+    process = forked(train.main, "--data", folder / "names.txt", "--out", folder / "model.pth", *small)
     assert process.returncode == 0, process.stderr
     return folder

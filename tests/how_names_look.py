@@ -33,8 +33,8 @@ def loss(net, window, temperature):
 def main():
     names = read_names(ROOT / "names.txt")
     train, _, val = split(names)
-    net, vocab = load(ROOT / "model_state.pth")
-    window = windows(val, vocab, torch.load(ROOT / "model_state.pth")["config"]["block_size"])
+    net, vocab, made = load(ROOT / "model_state.pth")
+    window = windows(val, vocab, made["block_size"])
     counts = KneserNey(train)
     torch.manual_seed(1)
     random.seed(1)

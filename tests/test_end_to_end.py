@@ -20,10 +20,10 @@ def test_train_then_sample(tmp_path):
     values = losses.split()[:3]
     assert all(0 < float(value) < 4 for value in values)
     assert len(names) == 10
-    assert "own.pth" in written and "loss.png" in written
+    assert "own.pth" in written and "own.png" in written
     assert "30 rows, 3 distinct, 7 characters" in process.stderr
-    assert sorted(os.listdir(tmp_path)) == ["list.txt", "loss.png", "own.pth"]
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path)) == ["list.txt", "own.png", "own.pth"]
+    assert (tmp_path / "own.png").read_bytes().startswith(b"\x89PNG")
     made = torch.load(tmp_path / "own.pth", weights_only=True)["made"]
     assert (made["steps"], made["seed"], made["torch"]) == (20, 1, torch.__version__)
     assert f"{made['losses']['val']:.4f}" == values[2]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from model import END, Vocabulary, backward_shared, forward_shared, load, read_names, save, share, wavenet, write_tensors
+from model import END, Vocabulary, backward_shared, forward_shared, load, read_names, save, share, WaveNet, write_tensors
 
 texts = st.lists(st.text(st.characters(exclude_characters=END, exclude_categories=["Cs"]), min_size=1), min_size=1)
 
@@ -75,7 +75,7 @@ sizes = dict(
 
 def random_net(seed, **config):
     torch.manual_seed(seed)
-    net = wavenet(**config).double()
+    net = WaveNet(**config).double()
     for tensor in net.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand_like(tensor) + 0.1)
@@ -133,7 +133,7 @@ def test_share_holds_each_distinct_row_once(K, B, T, V):
 def test_causal_tree(block_size):
     """A logit depends on every character of the window, and each level's row on exactly its own part."""
     torch.manual_seed(0)
-    net = wavenet(5, block_size, 3, 8).double().eval()
+    net = WaveNet(5, block_size, 3, 8).double().eval()
     embedded = net[0](torch.randint(5, (1, block_size))).detach().requires_grad_()
     x = embedded
     for layer in net[1:]:
@@ -153,28 +153,35 @@ def test_causal_tree(block_size):
     [((27, 8, 10, 128), 72_617), ((27, 8, 24, 128), 76_579), ((27, 16, 24, 280), 494_315)],
 )
 def test_parameter_counts(config, parameters):
-    assert sum(parameter.numel() for parameter in wavenet(*config).parameters()) == parameters
+    assert sum(parameter.numel() for parameter in WaveNet(*config).parameters()) == parameters
 
 
 @pytest.mark.parametrize("block_size", [0, 1, 3, 6, 12])
 def test_block_size_must_be_a_power_of_two(block_size):
     with pytest.raises(ValueError, match="power of two"):
-        wavenet(27, block_size, 4, 8)
+        WaveNet(27, block_size, 4, 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (1, 32), (16,), (1, 16, 1), (1, 0)])
+def test_contexts_of_another_size_are_refused(shape):
+    with pytest.raises(ValueError, match=r"contexts must be \(B, 16\), not"):
+        WaveNet(5, 16, 3, 4)(torch.zeros(shape, dtype=torch.int64))
 
 
 def test_training_starts_at_ln_v():
     torch.manual_seed(0)
     contexts, targets = torch.randint(27, (512, 8)), torch.randint(27, (512,))
-    loss = F.cross_entropy(wavenet(27, 8, 24, 128)(contexts), targets).item()
+    loss = F.cross_entropy(WaveNet(27, 8, 24, 128)(contexts), targets).item()
     assert loss == pytest.approx(torch.tensor(27.0).log().item(), abs=0.03)
 
 
 def test_save_and_load(tmp_path):
     torch.manual_seed(0)
-    net, vocab = wavenet(4, 8, 3, 5), Vocabulary(["żé", "b"])
+    net, vocab = WaveNet(4, 8, 3, 5), Vocabulary(["żé", "b"])
     net(torch.randint(4, (9, 8)))  # moves the running statistics
     save(tmp_path / "model.pth", net, vocab, {"steps": 3, "seed": 1})
-    again, vocab_again = load(tmp_path / "model.pth")
+    again, vocab_again, made = load(tmp_path / "model.pth")
+    assert made == {"steps": 3, "seed": 1}
     assert not again.training
     assert vocab_again.chars == vocab.chars
     torch.testing.assert_close(again.state_dict(), net.state_dict(), rtol=0, atol=0)
@@ -189,7 +196,7 @@ SIZES = dict(vocab_size=3, block_size=4, n_embd=2, n_hidden=5)
 
 
 def checkpoint(**changes):
-    net, vocab = wavenet(**SIZES), Vocabulary(["ab"])
+    net, vocab = WaveNet(**SIZES), Vocabulary(["ab"])
     return {"config": SIZES, "vocab": vocab.chars, "made": {}, "state_dict": net.state_dict()} | changes
 
 
@@ -244,7 +251,7 @@ def test_names_are_read_whatever_the_line_ends(tmp_path):
     for data in b"ada\nbea\n", b"ada\r\nbea\r\n", b"ada\nbea", b"\xef\xbb\xbfada\nbea\n", b"\n  ada \t\n\n \nbea\n\n":
         path.write_bytes(data)
         assert read_names(path) == ["ada", "bea"]
-    path.write_text("jean luc\nżółć\n名\n", encoding="utf-8")
+    path.write_text("jean luc\nz\u0307o\u0301łc\u0301\n名\n", encoding="utf-8")
     assert read_names(path) == ["jean luc", "żółć", "名"]
 
 

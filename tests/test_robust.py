@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import pickle
 import random
@@ -10,37 +11,27 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, forked, run, train_until
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 import model
+import sampling
 import train
-from model import load, read_names, read_tensors, write, write_tensors
+from model import load, read_names, read_tensors, save, write, write_tensors
 
-SMALL = "--batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8 --steps 1500 --checkpoint-every 70".split()
+SMALL = "--batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8 --steps 450 --checkpoint-every 70".split()
 
 
 def command(folder, *more):
-    data = "--data", str(folder / "names.txt"), "--out", str(folder / "own.pth")
-    return [sys.executable, str(ROOT / "train.py"), *data, *SMALL, *more]
-
-
-def start(folder, *more):
-    """Start a training; return when its first state is on disk."""
-    process = subprocess.Popen(command(folder, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    state = folder / "own.pth.unfinished"
-    before = state.stat().st_mtime_ns if state.exists() else 0
-    while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
-        time.sleep(0.01)
-    return process
+    return ["--data", str(folder / "names.txt"), "--out", str(folder / "own.pth"), *SMALL, *more]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +39,9 @@ def undisturbed(tiny, tmp_path_factory):
     """The bytes of a checkpoint whose training nothing interrupted."""
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copy(tiny / "names.txt", folder)
-    subprocess.run(command(folder), check=True, capture_output=True)
-    assert sorted(os.listdir(folder)) == ["loss.png", "names.txt", "own.pth"]
+    process = forked(train.main, *command(folder))
+    assert process.returncode == 0, process.stderr
+    assert sorted(os.listdir(folder)) == ["names.txt", "own.png", "own.pth"]
     return result(folder)
 
 
@@ -57,7 +49,7 @@ def result(folder):
     """The weights, bit for bit, how they were made, and the picture."""
     checkpoint = torch.load(folder / "own.pth", weights_only=True)
     state = {name: tensor.numpy().tobytes() for name, tensor in checkpoint["state_dict"].items()}
-    return state, checkpoint["made"], (folder / "loss.png").read_bytes()
+    return state, checkpoint["made"], (folder / "own.png").read_bytes()
 
 
 @pytest.fixture
@@ -68,38 +60,67 @@ def folder(tiny, tmp_path):
 
 
 def test_killed_and_resumed_to_the_same_bytes(folder, undisturbed):
-    pause = random.Random(1)
-    process = start(folder)
-    for _ in range(3):
-        time.sleep(pause.random() * 0.3)
-        process.kill()
-        process.communicate()
+    resume = []
+    for step in 75, 140, 1, 199:  # each counted from where it went on
+        process = train_until("sgd_step", step, [signal.SIGKILL], *command(folder, *resume))
+        assert process.returncode == -signal.SIGKILL
         assert (folder / "own.pth").read_bytes() == b"an older network"
-        process = start(folder, "--resume")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert result(folder) == undisturbed
-    assert sorted(os.listdir(folder)) == ["loss.png", "names.txt", "own.pth"]
-
-
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_and_resumed_to_the_same_bytes(folder, undisturbed, signum, status):
-    process = start(folder)
-    process.send_signal(signum)
-    out, err = process.communicate()
-    assert (process.returncode, out) == (status, "")
-    assert err.splitlines()[-1].startswith("stopped") and "--resume" in err.splitlines()[-1]
-    # --resume alone is enough: the other flags are those of the unfinished training.
-    process = run("train.py", "--out", folder / "own.pth", "--resume")
+        resume = ["--resume"]
+    process = forked(train.main, *command(folder, "--resume"))
     assert process.returncode == 0, process.stderr
     assert result(folder) == undisturbed
+    assert sorted(os.listdir(folder)) == ["names.txt", "own.png", "own.pth"]
+
+
+AT = [
+    ("sgd_step", 123),
+    ("sgd_step", 450),  # the last step
+    ("recompute_statistics", 1),  # the closing work
+    ("calibrate", 1),
+    ("evaluate", 2),
+    ("save", 1),
+    ("plot", 1),
+]
+
+
+@pytest.mark.parametrize("where, nth", AT)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_at_any_moment_and_resumed_to_the_same_bytes(folder, undisturbed, where, nth, signum):
+    process = train_until(where, nth, [signum], *command(folder))
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+    else:
+        assert (process.returncode, process.stdout) == (128 + signum, "")
+        assert process.stderr.splitlines()[-1].startswith("stopped") and "--resume" in process.stderr
+        left = ["names.txt", "own.png", "own.pth", "own.pth.unfinished"]
+        assert [name for name in left if name in os.listdir(folder)] == sorted(os.listdir(folder))
+    if where != "plot":
+        assert (folder / "own.pth").read_bytes() == b"an older network"
+    # --resume alone is enough: the other flags are those of the unfinished training.
+    process = forked(train.main, "--out", folder / "own.pth", "--resume")
+    assert process.returncode == 0, process.stderr
+    assert result(folder) == undisturbed
+    assert sorted(os.listdir(folder)) == ["names.txt", "own.png", "own.pth"]
+
+
+@pytest.mark.parametrize("script", ["train.py", "sampling.py"])
+def test_stopped_while_torch_is_imported(script, tmp_path):
+    """A module torch that takes its time; no traceback, whoever imports it."""
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(60)")
+    process = run(script, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (process.returncode, process.stdout, process.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_second_signal_ends_at_once(folder):
+    process = train_until("sgd_step", 5, [signal.SIGINT, signal.SIGTERM], *command(folder))
+    assert (process.returncode, process.stderr.count("\n")) == (-signal.SIGTERM, 1)
+    assert "own.pth.unfinished" not in os.listdir(folder)
 
 
 @pytest.fixture
 def interrupted(folder):
-    process = start(folder)
-    process.terminate()
-    process.communicate()
+    process = train_until("sgd_step", 75, [signal.SIGTERM], *command(folder))
+    assert process.returncode == 128 + signal.SIGTERM
     return folder
 
 
@@ -116,21 +137,171 @@ def test_resume_refuses_what_contradicts(interrupted, refused):
 
 
 def test_a_second_training_to_the_same_file_is_refused(folder, refused):
-    with FileLock(folder / "own.pth.lock"):
-        refused(train.main, ["--out", folder / "own.pth"], "another training")
+    (folder / "link.pth").symlink_to("own.pth")
+    with FileLock(folder / "own.pth.unfinished.lock"):
+        refused(train.main, command(folder), "another training")
+        refused(train.main, ["--out", folder / "link.pth"], "another training")
 
 
 def test_divergence_keeps_the_last_good_state(folder, refused, monkeypatch):
     original, steps = train.sgd_step, iter(range(10**9))
     monkeypatch.setattr(train, "sgd_step", lambda *args: original(*args) if next(steps) < 150 else float("nan"))
-    args = command(folder)[2:]
     with pytest.raises(SystemExit) as exit:
-        train.main(args)
+        train.main(command(folder))
     assert exit.value.code == 2
-    state = read_tensors(folder / "own.pth.unfinished", "")
+    state = read_tensors(folder / "own.pth.unfinished", {}, "")
     assert state["step"] == 140
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
     assert (folder / "own.pth").read_bytes() == b"an older network"
+
+
+def test_a_learning_rate_that_overflows_replaces_nothing(folder):
+    sizes = "--batch-size", 96, "--block-size", 16, "--n-embd", 24, "--n-hidden", 280, "--steps", 50
+    process = forked(train.main, *command(folder, *sizes, "--lr", 1e6))
+    assert (process.returncode, process.stdout) == (2, "")
+    assert "--lr 1000000.0 is too high" in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
+    assert (folder / "own.pth").read_bytes() == b"an older network"
+
+
+def test_a_network_that_is_not_finite_is_refused(tmp_path):
+    vocab = model.Vocabulary(["ab"])
+    for name, value in ("0.weight", math.nan), ("2.weight", math.inf), ("3.running_mean", math.nan), ("3.running_var", -1e-3):
+        net = model.WaveNet(3, 4, 2, 5)
+        net.state_dict()[name].view(-1)[1] = value
+        with pytest.raises(ValueError, match=name):
+            save(tmp_path / "own.pth", net, vocab, {})
+        assert os.listdir(tmp_path) == []
+        state = {name: tensor for name, tensor in net.state_dict().items()}
+        write_tensors(tmp_path / "bad.pth", {"config": net.config, "vocab": vocab.chars, "made": {}, "state_dict": state})
+        with pytest.raises(ValueError, match=name):
+            load(tmp_path / "bad.pth")
+        os.remove(tmp_path / "bad.pth")
+
+
+def test_out_is_no_other_file_of_the_run_and_no_device(folder, refused):
+    """What is there is refused before anything is written, and stays as it is."""
+    os.mkfifo(folder / "fifo.pth")
+    (folder / "device.pth").symlink_to("/dev/null")
+    (folder / "picture.png").mkdir()
+    (folder / "used.pth.unfinished.lock").write_bytes(b"somebody's")
+    for name in "list.png", "own.pth.unfinished":
+        shutil.copy(folder / "names.txt", folder / name)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    outs = "names.txt", "own.pth.unfinished", "own.pth.lock", "loss.png", "picture.pth", "used.pth", "fifo.pth", "device.pth", ""
+    for out in outs:
+        refused(train.main, ["--data", folder / "names.txt", *SMALL, "--out", folder / out], "--out")
+    refused(train.main, ["--data", folder / "list.png", *SMALL, "--out", folder / "list.pth"], "--out")
+    for out in "/dev/null", "", "x" * 250 + ".pth":
+        refused(train.main, ["--data", folder / "names.txt", *SMALL, "--out", out], "--out")
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert (folder / "fifo.pth").is_fifo() and Path("/dev/null").is_char_device()
+
+
+def test_files_beside_the_network_are_left_alone(folder):
+    names = "own.pth.test", "own.pth.tmp", "own.pth.lock", "new", "own.txt"
+    for name in names:
+        (folder / name).write_text("mine")
+    assert forked(train.main, *command(folder)).returncode == 0
+    assert all((folder / name).read_text() == "mine" for name in names)
+
+
+def test_a_link_stays_a_link_and_permissions_stay(folder):
+    (folder / "here.pth").symlink_to("own.pth")
+    (folder / "own.pth").chmod(0o604)
+    process = forked(train.main, *command(folder, "--out", folder / "here.pth"))
+    assert process.returncode == 0, process.stderr
+    assert (folder / "here.pth").is_symlink() and (folder / "own.pth").stat().st_mode & 0o777 == 0o604
+    load(folder / "own.pth")
+    assert sorted(os.listdir(folder)) == ["here.pth", "names.txt", "own.png", "own.pth"]
+    write(folder / "new", b"")
+    (folder / "plain").write_bytes(b"")
+    assert (folder / "new").stat().st_mode == (folder / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("how", ["folder", "tex", "backend"])
+def test_a_picture_that_fails_costs_one_line(folder, how):
+    env, more = dict(os.environ), []
+    if how == "tex":
+        (folder / "matplotlibrc").write_text("text.usetex: True\n")
+        env |= {"MATPLOTLIBRC": str(folder), "PATH": os.path.dirname(sys.executable)}
+    if how == "backend":
+        env["MPLBACKEND"] = "garbage"
+    if how == "folder":  # that appears while it trains
+        code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train; save = train.save\n"
+        code += "train.save = lambda *args: (os.mkdir(sys.argv.pop()), save(*args)); train.main(sys.argv[1:-1])"
+        process = subprocess.run([sys.executable, "-c", code, *command(folder), folder / "own.png"], capture_output=True, text=True)
+    else:
+        process = run("train.py", *command(folder), env=env)
+    assert process.returncode == 0, process.stderr
+    assert len([line for line in process.stderr.splitlines() if line.startswith("no picture: ")]) == 1
+    assert "Traceback" not in process.stderr and "no picture" in process.stdout
+    load(folder / "own.pth")
+
+
+def test_out_is_the_command_lines_alone_and_the_rest_is_remembered(interrupted, refused):
+    path = interrupted / "own.pth.unfinished"
+    state = torch.load(path, weights_only=True)
+    assert state["flags"]["checkpoint_every"] == 70
+    victim = interrupted / "victim.pth"
+    victim.write_text("mine")
+    write_tensors(path, state | {"flags": state["flags"] | {"out": str(victim)}})
+    process = forked(train.main, "--out", interrupted / "own.pth", "--resume")
+    assert process.returncode == 0, process.stderr
+    load(interrupted / "own.pth")
+    assert victim.read_text() == "mine"
+
+
+def test_threads_are_part_of_the_run(folder, refused, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train.main(command(folder, "--threads", "2"))
+    refused(train.main, command(folder, "--resume", "--threads", 1), "--threads 1", "--threads 2")
+    train.main(["--out", str(folder / "own.pth"), "--resume"])
+    assert threads == [2, 2]
+
+
+def test_too_little_memory_says_so(interrupted, refused, monkeypatch):
+    """Whatever needs it, and as torch or as Python says it; a good file is not called bad."""
+
+    def fail(*args, **kwargs):
+        torch.empty(2**60)
+
+    def fail_in_python(*args, **kwargs):
+        raise MemoryError
+
+    for name in "check_state", "sgd_step", "evaluate":
+        with monkeypatch.context() as patched:
+            patched.setattr(train, name, fail)
+            process = forked(train.main, "--out", interrupted / "own.pth", "--resume")
+            assert process.returncode == 2 and "not enough memory" in process.stderr.splitlines()[-1]
+    for failing in fail, fail_in_python:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "frombuffer", failing)
+            refused(sampling.main, [], "not enough memory")
+            refused(train.main, ["--out", interrupted / "own.pth", "--resume"], "not enough memory")
+
+
+@pytest.mark.parametrize("sizes", [["--n-hidden", 100_000], ["--n-hidden", 30_000], ["--block-size", 65_536]])
+def test_sizes_beyond_the_memory_are_refused(folder, refused, sizes):
+    refused(train.main, command(folder, *sizes), "memory" if sizes[0] == "--n-hidden" else "--block-size")
+
+
+def test_nobody_listening_loses_no_work(folder, undisturbed):
+    """stderr and stdout go to a pipe that nobody reads, or are closed: the training ends all the same."""
+    read, end = os.pipe()
+    os.close(read)
+    args = [sys.executable, str(ROOT / "train.py"), *command(folder)]
+    assert subprocess.run(args, stderr=end, stdout=end).returncode == 141
+    assert result(folder) == undisturbed
+    for streams in "2>&-", ">&- 2>&- <&-":
+        os.remove(folder / "own.pth")
+        process = subprocess.run(["sh", "-c", f'"$@" {streams}', "sh", *args], capture_output=True, text=True)
+        assert process.returncode == 0 and "Traceback" not in process.stdout + process.stderr
+        assert ("rows" in process.stderr) == ("2>" not in streams) and "rows" not in process.stdout
+        assert result(folder) == undisturbed
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -142,9 +313,8 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, call):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError) as error:
+    with pytest.raises(ValueError, match="file cannot be written .No space left"):
         write(path, b"new")
-    assert error.value.filename == str(path)
     assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"old"
 
 
@@ -154,7 +324,7 @@ def test_full_disk(folder):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
-    process = subprocess.run(command(folder), capture_output=True, text=True, preexec_fn=limit)
+    process = forked(train.main, *command(folder), before=limit)
     assert (process.returncode, process.stdout) == (2, "")
     assert "own.pth.unfinished cannot be written (File too large)" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr
@@ -189,7 +359,8 @@ def test_any_bytes_are_names_or_one_clear_line(data):
         assert len(str(error).splitlines()) == 1 and str(path) in str(error)
     else:
         text = data.decode("utf-8-sig")
-        assert names == [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()]
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        assert names == [normalize("NFC", line).strip() for line in lines if line.strip()]
         assert all("." not in name and name.strip() == name for name in names)
         vocab = model.Vocabulary(names)
         assert [vocab.decode(vocab.encode(name)) for name in names] == names
@@ -210,6 +381,7 @@ def test_training_on_any_list_ends_well_or_with_one_line(lines, data):
         except SystemExit as exit:
             assert exit.code == 2
             assert os.listdir(folder) == ["names.txt"]
+            os.remove(folder / "names.txt")
         else:
             load(folder / "own.pth")
     finally:
@@ -228,7 +400,7 @@ def test_every_flipped_bit_is_noticed(tiny, interrupted):
             broken.write_bytes(good)
             good[place] ^= flip
             with pytest.raises(ValueError, match="broken is damaged"):
-                read_tensors(broken, "")
+                read_tensors(broken, {}, "")
 
 
 @given(st.binary(max_size=400))
@@ -242,7 +414,7 @@ def test_any_bytes_are_no_checkpoint(data):
         path.unlink()
 
 
-def test_a_broken_state_is_refused(interrupted, refused):
+def test_a_broken_state_is_refused(interrupted, refused, capsys):
     path = interrupted / "own.pth.unfinished"
     good = path.read_bytes()
     again = "--out", interrupted / "own.pth", "--resume"
@@ -250,25 +422,54 @@ def test_a_broken_state_is_refused(interrupted, refused):
         path.write_bytes(data)
         refused(train.main, again, "own.pth.unfinished")
     state = torch.load(io.BytesIO(good), weights_only=True)
-    for flags in {"steps": "x"}, {"steps": -1}, {"unknown": 3}, {"help": 1}, None:
+    for flags in state["flags"] | {"steps": "x"}, state["flags"] | {"steps": -1}, {"help": 1}, torch.zeros(3), None:
         write_tensors(path, state | {"flags": flags})
         with pytest.raises(SystemExit) as exit:
             train.main([str(arg) for arg in again])
         assert exit.value.code == 2
-    for change in {"step": "x"}, {"average": []}, {"state_dict": {}}, {"generator": torch.zeros(3)}, {"curves": 3}:
+    nan = {name: tensor * math.nan for name, tensor in state["state_dict"].items()}
+    changes = [{"step": step} for step in ("x", math.inf, 0, 451, torch.tensor(3), True)] + [
+        {"average": []},
+        {"average": state["state_dict"]},
+        {"state_dict": {}},
+        {"state_dict": nan},
+        {"loss_sum": "x"},
+        {"curves": 3},
+        {"curves": torch.zeros(2)},
+        {"curves": {"train": [(1, "x")], "val": []}},
+        {"curves": {"train": [], "val": [(1, math.nan)]}},
+        {"flags": state["flags"] | {"data": "/dev/zero"}},
+    ]
+    for change in changes:
         write_tensors(path, state | change)
+        written = path.read_bytes()
         with pytest.raises(SystemExit) as exit:
             train.main([str(arg) for arg in again])
-        assert exit.value.code == 2
+        out, err = capsys.readouterr()
+        assert exit.value.code == 2 and "delete" not in err and "Traceback" not in err
+        assert path.read_bytes() == written
 
 
-@pytest.mark.parametrize("sizes", [{"n_hidden": 10**6}, {"n_hidden": 10**30}, {"block_size": 2**60}, {"n_embd": 10**12}])
-def test_sizes_of_terabytes_are_refused_before_they_are_built(tmp_path, tiny, sizes):
+HUGE = [{"n_hidden": 10**6}, {"n_hidden": 10**30}, {"block_size": 2**60}, {"n_embd": 10**12}, {"n_hidden": 0}, {"n_embd": -1}]
+HUGE += [{key: torch.tensor(2**62)} for key in ("n_hidden", "block_size", "vocab_size")] + [{"n_hidden": 8.0}, {"more": 1}]
+
+
+@pytest.mark.parametrize("sizes", HUGE)
+def test_sizes_that_are_not_those_of_the_weights_are_refused(tmp_path, tiny, sizes):
     checkpoint = torch.load(tiny / "model.pth", weights_only=True)
     checkpoint["config"] |= sizes
     write_tensors(tmp_path / "huge.pth", checkpoint)
     with pytest.raises(ValueError, match="huge.pth"):
         load(tmp_path / "huge.pth")
+
+
+@pytest.mark.parametrize("change", [{"config": torch.zeros(4)}, {"made": torch.zeros(4)}, {"vocab": ".ab\x1b"}, {"vocab": 3}])
+def test_contents_of_other_kinds_are_refused(tmp_path, tiny, change):
+    checkpoint = torch.load(tiny / "model.pth", weights_only=True)
+    for content in checkpoint | change, torch.zeros(3), [checkpoint]:
+        write_tensors(tmp_path / "strange.pth", content)
+        with pytest.raises(ValueError, match="strange.pth"):
+            load(tmp_path / "strange.pth")
 
 
 class Bomb:
@@ -279,18 +480,97 @@ class Bomb:
         return self.call[0], self.call[1:]
 
 
-def test_files_that_would_fill_the_memory_are_refused(tmp_path):
+def archive(pickled, records=(), compression=zipfile.ZIP_STORED):
+    """An archive as torch writes it, with these bytes as its pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, data in [("archive/data.pkl", pickled), *records]:
+            file.writestr(name, data)
+    return buffer.getvalue()
+
+
+def with_sum(data):
+    data = data[:-2] + bytes((64, 0))
+    return data + hashlib.sha256(data).hexdigest().encode()
+
+
+def storage(key, size):
+    """A pickle of one float tensor of `size` on the record `key`."""
+    text = f"ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\nFloatStorage\nV{key}\nVcpu\nI{size}\ntQI0\n(I{size}\nt(I1\nt)NtR."
+    return text.encode()
+
+
+def legacy(megabytes):
+    """A stream of torch before its zip archives, which says how much memory is wanted."""
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(1), buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue().replace(b"\x01\x00\x00\x00\x00\x00\x00\x00", (megabytes * 2**18).to_bytes(8, "little"))
+
+
+TWICE = archive(storage(0, 3), [("archive/data/0", bytes(12))])
+BOMBS = {
+    "a call": archive(pickle.dumps({"made": Bomb(bytearray, 10**12)}, 2)),
+    "packed": archive(pickle.dumps("a" * 10**8, 2), compression=zipfile.ZIP_DEFLATED),
+    "a legacy stream in front": legacy(1700) + archive(pickle.dumps({}, 2)),
+    "two directories": TWICE + archive(storage(1, 10**9), [("archive/data/1", bytes(4))]),
+    "a larger storage": archive(storage(0, 10**9), [("archive/data/0", bytes(4))]),
+    "sets": archive(b"\x80\x02" + b"\x8f" * 4_000_000 + b"."),
+    "dicts": archive(b"\x80\x02" + b"}" * 4_000_000 + b"."),
+    "a memo": archive(b"\x80\x02}r\xff\xff\xff\x7f."),
+    "the same record often": archive(
+        pickle.dumps({}, 2), [(f"archive/data/{i}", b"") for i in range(3)]
+    ).replace(b"\0\0\0\0\0\0\0\0\x0e\0", b"\0\0\0\x7f\0\0\0\x7f\x0e\0"),
+}
+
+
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
+def test_files_that_would_fill_the_memory_are_refused(tmp_path, data):
+    """With a right sum, in a process that may take 400 MB more than torch itself."""
     path = tmp_path / "bomb.pth"
-    write_tensors(path, {"made": Bomb(bytearray, 10**12)})
-    with pytest.raises(ValueError, match="bomb.pth"):
-        load(path)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps("a" * 10**8, 2))
-    data = path.read_bytes()[:-2] + bytes((64, 0))
-    path.write_bytes(data + hashlib.sha256(data).hexdigest().encode())
-    assert path.stat().st_size < 10**6
-    with pytest.raises(ValueError, match="bomb.pth"):
-        load(path)
+    path.write_bytes(with_sum(data))
+    assert path.stat().st_size < 5 * 10**6
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import resource, model
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    model.load({str(path)!r})
+except ValueError as error:
+    print(error)
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0 and "bomb.pth" in process.stdout, process.stderr
+
+
+def test_what_is_no_file_is_refused(tmp_path, tiny, refused, monkeypatch):
+    holes = tmp_path / "holes"
+    with open(holes, "wb") as file:
+        file.truncate(3 * 2**30)
+    for path in "/dev/zero", holes, tmp_path:
+        refused(sampling.main, ["--model", path], str(path))
+        refused(train.main, ["--data", path, "--out", tmp_path / "own.pth"], str(path))
+    os.mkfifo(tmp_path / "endless")
+    monkeypatch.setattr(model, "LARGEST_LIST", 10**6)
+    monkeypatch.setattr(model, "LARGEST_PIPE", 10**6)
+    for main, flag in (sampling.main, "--model"), (train.main, "--data"):
+        with subprocess.Popen(["sh", "-c", f"(printf 'PK\\3\\4'; yes) > {tmp_path}/endless"], stderr=subprocess.PIPE):
+            args = flag, tmp_path / "endless", *(["--out", tmp_path / "own.pth"] if flag == "--data" else [])
+            process = forked(main, *args)
+        assert process.returncode == 2 and "endless" in process.stderr, process.stderr
+    with open(tiny / "model.pth", "rb") as file:
+        process = run("sampling.py", "--model", "/dev/stdin", "-n", 3, stdin=file)
+    assert len(process.stdout.splitlines()) == 3
+    with subprocess.Popen(["cat", str(tiny / "model.pth")], stdout=subprocess.PIPE) as cat:
+        process = run("sampling.py", "--model", "/dev/stdin", "-n", 3, stdin=cat.stdout)
+    assert len(process.stdout.splitlines()) == 3
+
+
+def test_messages_show_what_they_quote_escaped(tmp_path, refused):
+    path = tmp_path / "a\nb\x1b[31m\u202e.txt"
+    refused(train.main, ["--data", path, "--out", tmp_path / "own.pth"], "a\\nb\\x1b[31m\\u202e.txt")
+    path.write_bytes(b"ada\xff")
+    refused(sampling.main, ["--new", "--data", path], "a\\nb\\x1b[31m\\u202e.txt")
 
 
 def test_names_longer_than_the_context_are_learnt_from_whole(tmp_path):

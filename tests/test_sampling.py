@@ -5,19 +5,20 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import run
+from conftest import forked, run
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from model import Vocabulary, wavenet
+import train
+from model import Vocabulary, WaveNet
 from sampling import Prefixes, generate, main, new_names
 
 
 def random_net(seed, vocab_size, block_size, n_embd, n_hidden):
     """A network with weights and running statistics of all kinds, in eval mode."""
     torch.manual_seed(seed)
-    net = wavenet(vocab_size, block_size, n_embd, n_hidden).double().eval()
+    net = WaveNet(vocab_size, block_size, n_embd, n_hidden).double().eval()
     for tensor in net.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand_like(tensor) * 2 - 0.5)
@@ -107,6 +108,32 @@ def test_extreme_temperatures(temperature):
         assert chisquare([firsts[char] for char in "abc"]).pvalue > 0.01
 
 
+def test_new_names_are_new_in_the_form_that_lists_are_read_in():
+    draws = itertools.cycle([["ada ", " zoe\u0308", " ", "bea", "zoë"]])
+    assert list(new_names(lambda: next(draws), ["ada", "bea"])) == ["zoë"]
+
+
+def test_new_knows_which_list_was_learnt(tiny, refused):
+    refused(main, ["--model", tiny / "model.pth", "--new"], "--data LIST")
+    assert forked(main, "--new", "-n", 3).returncode == 0  # the shipped network, and names.txt
+
+
+def test_start_in_any_form_of_unicode(tmp_path):
+    (tmp_path / "list.txt").write_text("zoë\n" * 10, encoding="utf-8")
+    small = "--steps 20 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
+    assert forked(train.main, "--data", tmp_path / "list.txt", "--out", tmp_path / "own.pth", *small).returncode == 0
+    process = forked(main, "--model", tmp_path / "own.pth", "--start", "zoe\u0308")
+    assert process.returncode == 0 and all(name.startswith("zoë") for name in process.stdout.splitlines())
+
+
+def test_one_thread_unless_asked_for_more(tiny):
+    torch.set_num_threads(2)
+    for more, threads in ([], 1), (["--threads", "2"], 2):
+        main(["--model", str(tiny / "model.pth"), *more])
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+
+
 def test_new_names_ends_when_nothing_new_comes():
     draws = itertools.cycle([["ada", "bea"], ["bea", "cleo"]])
     assert list(new_names(lambda: next(draws), ["ada"])) == ["bea", "cleo"]
@@ -122,23 +149,23 @@ def test_prints_names_one_a_line(tiny):
 
 def test_flags(tiny):
     model = "--model", tiny / "model.pth"
-    one, two = (run("sampling.py", *model, "--seed", 1, "-n", 5000).stdout for _ in range(2))
+    one, two = (forked(main, *model, "--seed", 1, "-n", 5000).stdout for _ in range(2))
     assert one == two and len(one.splitlines()) == 5000
-    assert run("sampling.py", *model, "-n", 5000).stdout != run("sampling.py", *model, "-n", 5000).stdout
-    names = run("sampling.py", *model, "--start", "ada", "--num-samples", 50, "--max-length", 6).stdout.splitlines()
+    assert forked(main, *model, "-n", 5000).stdout != forked(main, *model, "-n", 5000).stdout
+    names = forked(main, *model, "--start", "ada", "--num-samples", 50, "--max-length", 6).stdout.splitlines()
     assert len(names) == 50 and all(name.startswith("ada") and len(name) <= 6 for name in names)
-    same = run("sampling.py", *model, "--top-k", 1, "--temperature", 3).stdout.splitlines()
+    same = forked(main, *model, "--top-k", 1, "--temperature", 3).stdout.splitlines()
     assert len(same) == 20 and len(set(same)) == 1
-    assert run("sampling.py", *model, "--start", "ada", "--max-length", 3, "-n", 1).stdout == "ada\n"
+    assert forked(main, *model, "--start", "ada", "--max-length", 3, "-n", 1).stdout == "ada\n"
 
 
 def test_new(tiny):
     names = (tiny / "names.txt").read_text().split()
     new = "--new", "--data", tiny / "names.txt", "--model", tiny / "model.pth"
-    process = run("sampling.py", *new, "-n", 300, "--max-length", 8)
+    process = forked(main, *new, "-n", 300, "--max-length", 8)
     drawn = process.stdout.splitlines()
     assert process.stderr == "" and len(drawn) == len(set(drawn)) == 300 and not set(drawn) & set(names)
-    process = run("sampling.py", *new, "-n", 300, "--max-length", 1)
+    process = forked(main, *new, "-n", 300, "--max-length", 1)
     assert process.returncode == 0
     letters = set("".join(names))
     assert set(process.stdout.split()) == letters
