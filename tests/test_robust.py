@@ -251,14 +251,15 @@ def test_out_is_the_command_lines_alone_and_the_rest_is_remembered(interrupted, 
     assert victim.read_text() == "mine"
 
 
-def test_threads_are_part_of_the_run(folder, refused, monkeypatch):
+def test_threads_are_part_of_the_run(folder, refused, monkeypatch, capsys):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     with monkeypatch.context() as patched:
         patched.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             train.main(command(folder, "--threads", "2"))
-    refused(train.main, command(folder, "--resume", "--threads", 1), "--threads 1", "--threads 2")
+    capsys.readouterr()
+    refused(train.main, command(folder, "--resume", "--threads", "1"), "--threads 1", "--threads 2")
     train.main(["--out", str(folder / "own.pth"), "--resume"])
     assert threads == [2, 2]
 
