@@ -187,3 +187,60 @@ class Dropout(nn.Module):
 
     def extra_repr(self):
         return f"p={self.p}"
+
+
+def share(contexts, vocab_size):
+    """K batches of contexts (K, B, T) int64 -> a list of K trees that hold each distinct row once.
+
+    Most of a window is padding, and most names begin like others, so the B * T/2 pairs of a level are
+    few distinct ones. A tree is (levels, ids): levels[l] = (children (2R,), shares (R,), n) says which rows
+    of the level below make up each of R rows, and which share of the level's n pairs each stands for;
+    ids (B,) finds each context's row in the last level. Rows of level 0 are the characters.
+    """
+    K = len(contexts)
+    batch = torch.arange(K, device=contexts.device).view(K, 1, 1)
+    ids, n, levels = contexts, vocab_size, []
+    while ids.shape[2] > 1:
+        keys = (batch * n + ids[..., 0::2]) * n + ids[..., 1::2]  # < K n^2, in the order of the batches
+        keys, ids, counts = torch.unique(keys, return_inverse=True, return_counts=True)
+        sizes = torch.bincount(keys // n**2, minlength=K)
+        ids = ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)
+        children = torch.stack((keys // n % n, keys % n), 1).view(-1)
+        sizes, pairs = sizes.tolist(), ids[0].numel()
+        shares = (counts / pairs).split(sizes)
+        levels.append(list(zip(children.split([2 * size for size in sizes]), shares, [pairs] * K)))
+        n = max(sizes)
+    return list(zip(zip(*levels), ids.squeeze(2)))
+
+
+def forward_shared(net, tree):
+    """The logits (B, vocab_size) of net(contexts) from a tree of share(): each distinct row once."""
+    levels, ids = tree
+    embedding, *layers = net
+    x, below = embedding.weight, iter(levels)
+    for layer in layers:
+        if isinstance(layer, FlattenConsecutive):
+            children, shares, n = next(below)
+            x = layer(x.index_select(0, children).view(len(shares), 2, -1))
+        elif isinstance(layer, BatchNorm1d):
+            x = layer(x, shares, n)
+        else:
+            x = layer(x)
+    return x.index_select(0, ids)
+
+
+def backward_shared(net, tree, g):
+    """Set .grad of every parameter, from g (B, vocab_size) = dL/dlogits of the last forward_shared()."""
+    levels, ids = tree
+    embedding, *layers = net
+    sizes = [len(embedding.weight)] + [len(shares) for _, shares, _ in levels]
+    # A row that was taken several times gathers the gradients of all its uses.
+    g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, ids, g)
+    below = reversed(levels)
+    for layer in reversed(layers):
+        g = layer.backward(g)
+        if isinstance(layer, FlattenConsecutive):
+            children, _, _ = next(below)
+            g = g.flatten(0, 1)
+            g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, children, g)
+    embedding.weight.grad = g

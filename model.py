@@ -1,4 +1,4 @@
-"""The vocabulary, the network, and the file that keeps both: model_state.pth."""
+"""What a model is: names and their windows, the vocabulary, the network, the file that keeps them."""
 
 import hashlib
 import io
@@ -23,6 +23,42 @@ END = "."  # ends every name and pads the context on the left
 LARGEST_BLOCK = 1024
 LARGEST_LIST = 2**28  # characters; a pipe might never end
 LARGEST_PIPE = 2**30  # bytes of a checkpoint that comes through a pipe
+
+
+def canonical(name):
+    """The form in which equal names are equal: Unicode's NFC, without blanks around it."""
+    return normalize("NFC", name).strip()
+
+
+def read_names(path):
+    """The names of a UTF-8 text file, one a line, each as canonical(); blank lines do not count.
+
+    Raises ValueError when the file cannot be read or holds no list of names.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(LARGEST_LIST + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give a text file with one name a line") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    if len(text) > LARGEST_LIST:
+        raise ValueError(f"{path} holds more than {LARGEST_LIST:,} characters: give a part of it")
+    names = [name for line in normalize("NFC", text).split("\n") if (name := line.strip())]
+    if not names:
+        raise ValueError(f"{path} holds no names: give a text file with one name a line")
+    for char in sorted(set(text) - {"\n"}):
+        if char == END or category(char) == "Cc":
+            # A tab before or after a name is no part of it.
+            if name := next((name for name in names if char in name), None):
+                what = f"{END!r}, which marks the end of a name" if char == END else f"the control character {char!r}"
+                raise ValueError(f"{path}: {shorten(repr(name), 60)} holds {what}: take it out")
+    return names
+
+
+def digest(names):
+    """A list of names -> the SHA-256 that tells it from others."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 class Vocabulary:
@@ -54,28 +90,21 @@ class Vocabulary:
         return "".join(self.chars[code] for code in codes)
 
 
-def share(contexts, vocab_size):
-    """K batches of contexts (K, B, T) int64 -> a list of K trees that hold each distinct row once.
+def windows(names, vocab, block_size):
+    """Names -> (N, block_size + 1) codes: every character and end of a name, after what stands before it.
 
-    Most of a window is padding, and most names begin like others, so the B * T/2 pairs of a level are
-    few distinct ones. A tree is (levels, ids): levels[l] = (children (2R,), shares (R,), n) says which rows
-    of the level below make up each of R rows, and which share of the level's n pairs each stands for;
-    ids (B,) finds each context's row in the last level. Rows of level 0 are the characters.
+    All windows are one view over one array of a byte, or four, a character.
     """
-    K = len(contexts)
-    batch = torch.arange(K, device=contexts.device).view(K, 1, 1)
-    ids, n, levels = contexts, vocab_size, []
-    while ids.shape[2] > 1:
-        keys = (batch * n + ids[..., 0::2]) * n + ids[..., 1::2]  # < K n^2, in the order of the batches
-        keys, ids, counts = torch.unique(keys, return_inverse=True, return_counts=True)
-        sizes = torch.bincount(keys // n**2, minlength=K)
-        ids = ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)
-        children = torch.stack((keys // n % n, keys % n), 1).view(-1)
-        sizes, pairs = sizes.tolist(), ids[0].numel()
-        shares = (counts / pairs).split(sizes)
-        levels.append(list(zip(children.split([2 * size for size in sizes]), shares, [pairs] * K)))
-        n = max(sizes)
-    return list(zip(zip(*levels), ids.squeeze(2)))
+    text = END * block_size + "".join(name + END for name in names)
+    codes = torch.tensor(vocab.encode(text), dtype=torch.uint8 if len(vocab) <= 256 else torch.int32)
+    return codes.unfold(0, block_size + 1, 1)
+
+
+def contexts_and_targets(window):
+    """(..., T + 1) codes -> contexts (..., T) and targets (...), int64."""
+    contexts, targets = window[..., :-1].long(), window[..., -1].long()
+    # What stands before the last END is another name: all of it becomes padding.
+    return contexts * (contexts != 0).flip(-1).cumprod(-1).flip(-1), targets
 
 
 class WaveNet(nn.Sequential):
@@ -116,75 +145,6 @@ class WaveNet(nn.Sequential):
 
     def __getitem__(self, index):
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
-
-
-def forward_shared(net, tree):
-    """The logits (B, vocab_size) of net(contexts) from a tree of share(): each distinct row once."""
-    levels, ids = tree
-    embedding, *layers = net
-    x, below = embedding.weight, iter(levels)
-    for layer in layers:
-        if isinstance(layer, FlattenConsecutive):
-            children, shares, n = next(below)
-            x = layer(x.index_select(0, children).view(len(shares), 2, -1))
-        elif isinstance(layer, BatchNorm1d):
-            x = layer(x, shares, n)
-        else:
-            x = layer(x)
-    return x.index_select(0, ids)
-
-
-def backward_shared(net, tree, g):
-    """Set .grad of every parameter, from g (B, vocab_size) = dL/dlogits of the last forward_shared()."""
-    levels, ids = tree
-    embedding, *layers = net
-    sizes = [len(embedding.weight)] + [len(shares) for _, shares, _ in levels]
-    # A row that was taken several times gathers the gradients of all its uses.
-    g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, ids, g)
-    below = reversed(levels)
-    for layer in reversed(layers):
-        g = layer.backward(g)
-        if isinstance(layer, FlattenConsecutive):
-            children, _, _ = next(below)
-            g = g.flatten(0, 1)
-            g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, children, g)
-    embedding.weight.grad = g
-
-
-def canonical(name):
-    """The form in which equal names are equal: Unicode's NFC, without blanks around it."""
-    return normalize("NFC", name).strip()
-
-
-def read_names(path):
-    """The names of a UTF-8 text file, one a line, each as canonical(); blank lines do not count.
-
-    Raises ValueError when the file cannot be read or holds no list of names.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(LARGEST_LIST + 1)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): give a text file with one name a line") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    if len(text) > LARGEST_LIST:
-        raise ValueError(f"{path} holds more than {LARGEST_LIST:,} characters: give a part of it")
-    names = [name for line in normalize("NFC", text).split("\n") if (name := line.strip())]
-    if not names:
-        raise ValueError(f"{path} holds no names: give a text file with one name a line")
-    for char in sorted(set(text) - {"\n"}):
-        if char == END or category(char) == "Cc":
-            # A tab before or after a name is no part of it.
-            if name := next((name for name in names if char in name), None):
-                what = f"{END!r}, which marks the end of a name" if char == END else f"the control character {char!r}"
-                raise ValueError(f"{path}: {shorten(repr(name), 60)} holds {what}: take it out")
-    return names
-
-
-def digest(names):
-    """A list of names -> the SHA-256 that tells it from others."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def write(path, data):

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from layers import BatchNorm1d
-from model import END, LARGEST_BLOCK, Vocabulary, WaveNet, backward_shared, check, digest, forward_shared, read_names
-from model import read_tensors, save, share, write, write_tensors
+from layers import BatchNorm1d, backward_shared, forward_shared, share
+from model import LARGEST_BLOCK, Vocabulary, WaveNet, check, contexts_and_targets, digest, read_names, read_tensors, save
+from model import windows, write, write_tensors
 from sampling import MAX_SEED, MODEL, NAMES, TINY, Parser, generate, interrupt, number, on_signals, remark
 
 def split(names):
@@ -34,23 +34,6 @@ def split(names):
     if not all(parts):
         raise ValueError(f"{len(names)} names are too few to split in three: give at least 10")
     return parts
-
-
-def windows(names, vocab, block_size):
-    """Names -> (N, block_size + 1) codes: every character and end of a name, after what stands before it.
-
-    All windows are one view over one array of a byte, or four, a character.
-    """
-    text = END * block_size + "".join(name + END for name in names)
-    codes = torch.tensor(vocab.encode(text), dtype=torch.uint8 if len(vocab) <= 256 else torch.int32)
-    return codes.unfold(0, block_size + 1, 1)
-
-
-def contexts_and_targets(window):
-    """(..., T + 1) codes -> contexts (..., T) and targets (...), int64."""
-    contexts, targets = window[..., :-1].long(), window[..., -1].long()
-    # What stands before the last END is another name: all of it becomes padding.
-    return contexts * (contexts != 0).flip(-1).cumprod(-1).flip(-1), targets
 
 
 def chunk_size(args):

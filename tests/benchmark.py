@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from layers import BatchNorm1d  # noqa: E402
-from model import Vocabulary, load, read_names, WaveNet  # noqa: E402
+from model import Vocabulary, WaveNet, contexts_and_targets, load, read_names, windows  # noqa: E402
 from sampling import BATCH, generate  # noqa: E402
 
 ROUNDS = 15
@@ -89,7 +89,7 @@ def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_si
     torch.set_num_threads(threads)
     names = read_names(ROOT / "names.txt")
     vocab = Vocabulary(names)
-    window = train.windows(train.split(names)[0], vocab, block_size)
+    window = windows(train.split(names)[0], vocab, block_size)
     torch.manual_seed(1)
     args = train.flags().parse_args(["--batch-size", str(batch_size), "--dropout", str(dropout)])
     net = WaveNet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
@@ -103,7 +103,7 @@ def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_si
             train.sgd_step(net, parameters, *batch, 0.01)
         return 100
 
-    contexts, targets = train.contexts_and_targets(window)
+    contexts, targets = contexts_and_targets(window)
     plain_net = PlainNet(len(vocab), block_size, n_embd, n_hidden)
 
     def plain():

@@ -10,9 +10,9 @@ import torch
 from kneser_ney import ROOT, KneserNey, split
 from torch.nn import functional as F
 
-from model import load, read_names
+from model import load, read_names, windows
 from sampling import generate
-from train import predictions, windows
+from train import predictions
 
 N = 10_000
 

@@ -1,9 +1,11 @@
-"""Interpolated Kneser-Ney counts on the same names, the measure to beat; Chen & Goodman 1998.
+"""Interpolated Kneser-Ney counts, the measure to beat; Chen & Goodman 1998.
 
-    python tests/kneser_ney.py        a 6-gram with discount 0.85
+    python tests/kneser_ney.py              names.txt: a 6-gram with discount 0.85
+    python tests/kneser_ney.py LIST ...     a table: for each list the order and discount of least validation loss
 """
 
 import math
+import os
 import random
 import sys
 from collections import Counter, defaultdict
@@ -12,20 +14,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import END, read_names  # noqa: E402
+from model import read_names  # noqa: E402
 from train import split  # noqa: E402
+
+END = "\n"  # no name holds it
 
 
 class KneserNey:
-    """chances(context) -> {character: probability}: an order's counts, discounted, above the order below.
+    """chance(char, context): an order's counts, discounted, above the order below.
 
     The highest order counts how often a character follows a context, the lower ones after how many
     different characters the shorter context was seen before it.
     """
 
-    def __init__(self, names, order=6, discount=0.85):
+    def __init__(self, names, chars, order=6, discount=0.85):
         self.order, self.discount = order, discount
-        self.chars = sorted(set("".join(names)) | {END})
+        self.chars = sorted(set(chars) | {END})
         self.counts = [defaultdict(Counter) for _ in range(order)]
         for name in names:
             text = END * (order - 1) + name + END
@@ -35,32 +39,28 @@ class KneserNey:
             for context, followers in self.counts[n + 1].items():
                 for char in followers:
                     self.counts[n][context[1:]][char] += 1
-        self.known = {}
+        self.totals = [{context: sum(seen.values()) for context, seen in level.items()} for level in self.counts]
 
-    def chances(self, context):
+    def chance(self, char, context):
         context = (END * self.order + context)[len(context) + 1 :]
-        if context not in self.known:
-            chances = dict.fromkeys(self.chars, 1 / len(self.chars))
-            for n in range(self.order):
-                followers = self.counts[n].get(context[self.order - 1 - n :])
-                if followers:
-                    total = sum(followers.values())
-                    left = self.discount * len(followers) / total
-                    chances = {
-                        char: max(followers[char] - self.discount, 0) / total + left * chance
-                        for char, chance in chances.items()
-                    }
-            self.known[context] = chances
-        return self.known[context]
+        chance = 1 / len(self.chars)
+        for n in range(self.order):
+            shorter = context[self.order - 1 - n :]
+            followers = self.counts[n].get(shorter)
+            if not followers:
+                break
+            left = self.discount * len(followers) * chance
+            chance = (max(followers[char] - self.discount, 0) + left) / self.totals[n][shorter]
+        return chance
 
     def loss(self, names, temperature=1.0):
         """Mean cross-entropy, in nats a character, the end of each name included."""
         total = n = 0
         for name in names:
             for i, char in enumerate(name + END):
-                chances = self.chances(name[:i])
-                norm = sum(chance ** (1 / temperature) for chance in chances.values())
-                total -= math.log(chances[char]) / temperature - math.log(norm)
+                total -= math.log(self.chance(char, name[:i])) / temperature
+                if temperature != 1:
+                    total += math.log(sum(self.chance(char, name[:i]) ** (1 / temperature) for char in self.chars))
                 n += 1
         return total / n
 
@@ -68,19 +68,44 @@ class KneserNey:
         """A name, drawn character by character."""
         name = ""
         while True:
-            chances = self.chances(name)
-            char = random.choices(list(chances), chances.values())[0]
+            char = random.choices(self.chars, [self.chance(char, name) for char in self.chars])[0]
             if char == END:
                 return name
             name += char
 
 
+def tuned(names):
+    """The counts of the training split, with the order and discount that suit the validation split best."""
+    train, _, val = split(names)
+    best, least = None, math.inf
+    for order in range(3, 8):
+        model = KneserNey(train, "".join(names), order)
+        for percent in range(60, 95, 5):
+            model.discount = percent / 100
+            loss = model.loss(val)
+            if loss < least:
+                best, least = (order, model.discount), loss
+    return KneserNey(train, "".join(names), *best)
+
+
 def main():
-    train, _, val = split(read_names(ROOT / "names.txt"))
-    known = set(train)
-    model = KneserNey(train)
-    unseen = [name for name in val if name not in known]
-    print(f"train {model.loss(train):.3f}  val {model.loss(val):.3f}  unseen {model.loss(unseen):.3f}")
+    if not sys.argv[1:]:
+        names = read_names(ROOT / "names.txt")
+        train, _, val = split(names)
+        known = set(train)
+        model = KneserNey(train, "".join(names))
+        unseen = [name for name in val if name not in known]
+        print(f"train {model.loss(train):.3f}  val {model.loss(val):.3f}  unseen {model.loss(unseen):.3f}")
+        return
+    print("| list | rows | order | discount | val | test | samples in the list |\n| --- | --- | --- | --- | --- | --- | --- |")
+    for path in sys.argv[1:]:
+        names = read_names(path)
+        model, (_, test, val) = tuned(names), split(names)
+        random.seed(1)
+        rows = set(names)
+        known = sum(model.draw() in rows for _ in range(1000)) / 1000
+        what = f"{os.path.basename(path)} | {len(names):,} | {model.order} | {model.discount:.2f}"
+        print(f"| {what} | {model.loss(val):.3f} | {model.loss(test):.3f} | {known:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from model import END, Vocabulary, backward_shared, forward_shared, load, read_names, save, share, WaveNet, write_tensors
+from layers import backward_shared, forward_shared, share
+from model import END, Vocabulary, WaveNet, load, read_names, save, write_tensors
 
 texts = st.lists(st.text(st.characters(exclude_characters=END, exclude_categories=["Cs"]), min_size=1), min_size=1)
 

@@ -220,7 +220,7 @@ def test_a_link_stays_a_link_and_permissions_stay(folder):
 
 @pytest.mark.parametrize("how", ["folder", "tex", "backend"])
 def test_a_picture_that_fails_costs_one_line(folder, how):
-    env, more = dict(os.environ), []
+    env = dict(os.environ)
     if how == "tex":
         (folder / "matplotlibrc").write_text("text.usetex: True\n")
         env |= {"MATPLOTLIBRC": str(folder), "PATH": os.path.dirname(sys.executable)}
@@ -578,9 +578,9 @@ def test_names_longer_than_the_context_are_learnt_from_whole(tmp_path):
     """10,000 characters are 10,001 windows, and a pattern that only shows at their end is learnt."""
     names = ["ab" * 5000, "ab" * 5000 + "c"] * 5
     vocab = model.Vocabulary(names)
-    window = train.windows(names, vocab, 16)
+    window = model.windows(names, vocab, 16)
     assert len(window) == sum(len(name) + 1 for name in names)
-    contexts, targets = train.contexts_and_targets(window[10_000:10_001])
+    contexts, targets = model.contexts_and_targets(window[10_000:10_001])
     assert vocab.decode(contexts[0].tolist()) == "ab" * 8 and targets.item() == 0
 
 

@@ -16,7 +16,8 @@ from test_model import twin
 from torch.nn import functional as F
 
 import train
-from model import Vocabulary, load, read_names, share, WaveNet
+from layers import share
+from model import Vocabulary, WaveNet, contexts_and_targets, load, read_names, windows
 from sampling import generate
 
 name_lists = st.lists(st.text("abcdé", min_size=1, max_size=20), min_size=1, max_size=8)
@@ -37,22 +38,22 @@ def slow_windows(names, vocab, block_size):
 @given(name_lists, st.sampled_from([2, 4, 8, 16]))
 def test_windows(names, block_size):
     vocab = Vocabulary(names)
-    window = train.windows(names, vocab, block_size)
-    contexts, targets = train.contexts_and_targets(window)
+    window = windows(names, vocab, block_size)
+    contexts, targets = contexts_and_targets(window)
     assert list(zip(contexts.tolist(), targets.tolist())) == slow_windows(names, vocab, block_size)
     assert contexts.dtype == targets.dtype == torch.int64
 
 
 def test_windows_are_a_view_of_one_byte_a_character():
     names = ["ada", "bea"] * 500
-    window = train.windows(names, Vocabulary(names), 16)
+    window = windows(names, Vocabulary(names), 16)
     assert window.untyped_storage().nbytes() == 16 + 4 * len(names)
 
 
 def test_more_than_256_characters():
     names = [chr(0x4E00 + i) for i in range(300)]
     vocab = Vocabulary(names)
-    _, targets = train.contexts_and_targets(train.windows(names, vocab, 4))
+    _, targets = contexts_and_targets(windows(names, vocab, 4))
     assert vocab.decode(targets.tolist()) == ".".join(names) + "."
 
 
@@ -101,7 +102,7 @@ def test_minibatches_are_windows_drawn_evenly():
     names = ["abcab", "cabbc", "acbaa"]
     vocab = Vocabulary(names)
     possible = Counter((tuple(context), code) for context, code in slow_windows(names, vocab, 4))
-    window = train.windows(names, vocab, 4)
+    window = windows(names, vocab, 4)
     drawn = Counter()
     for (levels, ids), targets in train.draw(window, len(vocab), 0, small(batch_size=64)):
         rows = [(code,) for code in range(len(vocab))]
@@ -119,7 +120,7 @@ NAMES = ["ada", "bea", "cleo", "dora", "edda", "finn"]
 
 def trained(args, names=NAMES):
     vocab = Vocabulary(names)
-    window = train.windows(names, vocab, args.block_size)
+    window = windows(names, vocab, args.block_size)
     torch.manual_seed(args.seed)
     net = WaveNet(len(vocab), args.block_size, 8, 32, args.dropout)
     curves = train.train(net, window, window, args)
@@ -139,14 +140,14 @@ def test_a_short_list_is_learnt_by_heart():
     assert sum(name in NAMES for name in drawn) > 950
     assert set(NAMES) < set(drawn)
     # Nothing is left to know but which name it is: ln 6 spread over the characters of all names.
-    window = train.windows(NAMES, vocab, 8)
+    window = windows(NAMES, vocab, 8)
     assert train.evaluate(net, window) == pytest.approx(6 * math.log(6) / len(window), abs=0.03)
 
 
 def test_200_steps_are_those_of_torch():
     """The loss of every step against torch's own layers, autograd and SGD on the same minibatches."""
     vocab = Vocabulary(NAMES)
-    window = train.windows(NAMES, vocab, 8)
+    window = windows(NAMES, vocab, 8)
     torch.manual_seed(0)
     ours, same = WaveNet(len(vocab), 8, 10, 64), twin(len(vocab), 8, 10, 64)
     same.load_state_dict(ours.state_dict())
@@ -154,7 +155,7 @@ def test_200_steps_are_those_of_torch():
     parameters, generator = list(ours.parameters()), torch.Generator().manual_seed(1)
     for _ in range(200):
         drawn = window[torch.randint(len(window), (32,), generator=generator)]
-        contexts, targets = train.contexts_and_targets(drawn)
+        contexts, targets = contexts_and_targets(drawn)
         loss = F.cross_entropy(same(contexts), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -185,7 +186,7 @@ def test_statistics_are_those_of_the_training_windows(monkeypatch):
     vocab, validated = Vocabulary(NAMES), []
 
     def check(net, window):
-        contexts, _ = train.contexts_and_targets(window)
+        contexts, _ = contexts_and_targets(window)
         first = (net[1](net[0](contexts)) @ net[2].weight.T).flatten(0, 1)
         torch.testing.assert_close(net[3].running_mean, first.mean(0), rtol=0, atol=0.02)
         torch.testing.assert_close(net[3].running_var, first.var(0), rtol=0.05, atol=0.02)
@@ -195,7 +196,7 @@ def test_statistics_are_those_of_the_training_windows(monkeypatch):
     monkeypatch.setattr(train, "evaluate", check)
     net, *_ = trained(small(steps=1000))
     assert len(validated) == 1
-    check(net, train.windows(NAMES, vocab, 4))
+    check(net, windows(NAMES, vocab, 4))
     assert net[3].momentum == 0.1
 
 
@@ -203,8 +204,8 @@ def test_statistics_are_those_of_the_training_windows(monkeypatch):
 def test_calibrate_takes_back_what_is_too_sure(too_sure, left):
     """On names that the network drew itself, its own logits are the best ones; a factor of 0.8 to 1.25 is found."""
     net, vocab, _ = trained(small(steps=100))
-    window = train.windows(generate(net.eval(), vocab, 5000), vocab, 4)
-    contexts, targets = train.contexts_and_targets(window)
+    window = windows(generate(net.eval(), vocab, 5000), vocab, 4)
+    contexts, targets = contexts_and_targets(window)
     net[-1].weight.data *= too_sure
     net[-1].bias.data *= too_sure
     before, logits = net[-1].weight.data.clone(), net(contexts)
@@ -221,8 +222,8 @@ def test_calibrate_takes_back_what_is_too_sure(too_sure, left):
 
 def test_evaluate_is_the_mean_over_all_windows():
     net, vocab, _ = trained(small(steps=50))
-    window = train.windows(NAMES, vocab, 4)
-    contexts, targets = train.contexts_and_targets(window)
+    window = windows(NAMES, vocab, 4)
+    contexts, targets = contexts_and_targets(window)
     expected = F.cross_entropy(net.eval()(contexts), targets).item()
     assert train.evaluate(net, window, batch_size=7) == pytest.approx(expected, abs=1e-5)
 
@@ -234,10 +235,10 @@ def test_shipped_checkpoint_has_the_readmes_losses():
     parts["unseen"] = [name for name in parts["val"] if name not in set(parts["train"])]
     losses, block_size = {}, made["block_size"]
     for part, names in parts.items():
-        window = train.windows(names, vocab, block_size)
+        window = windows(names, vocab, block_size)
         losses[part] = train.evaluate(net, window)
         assert losses[part] == pytest.approx(made["losses"][part], abs=1e-5)
-    contexts, targets = train.contexts_and_targets(train.windows(parts["val"], vocab, block_size))
+    contexts, targets = contexts_and_targets(windows(parts["val"], vocab, block_size))
     with torch.no_grad():
         plain = F.cross_entropy(torch.cat([net.eval()(part) for part in contexts.split(4096)]), targets).item()
     assert plain == pytest.approx(losses["val"], abs=1e-5)
