@@ -16,7 +16,7 @@ from unicodedata import normalize
 import torch
 
 from layers import BatchNorm1d, Linear
-from model import END, canonical, digest, load, out_of_memory, read_names
+from model import canonical, digest, load, out_of_memory, read_names
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NAMES, MODEL = (os.path.join(HERE, name) for name in ("names.txt", "model_state.pth"))
@@ -172,11 +172,11 @@ class Prefixes:
 def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=50):
     """n names, str, that begin with `start`: each character drawn from softmax(logits / temperature).
 
-    With top_k, only from the top_k likeliest. A name ends at END or when it is max_length characters long.
-    Raises ValueError when `start` holds END or a character that the model does not know.
+    With top_k, only from the top_k likeliest. A name ends at the end token or when it is max_length characters long.
+    Raises ValueError when `start` holds the end token or a character that the model does not know.
     """
-    if END in start:
-        raise ValueError(f"a name cannot hold {END!r}, which marks its end")
+    if vocab.end in start:
+        raise ValueError(f"a name cannot hold {vocab.end!r}, which marks its end")
     prefixes = Prefixes(net)
     for code in vocab.encode(start):
         prefixes.extend(torch.tensor([0]), torch.tensor([code]))

@@ -12,6 +12,7 @@ import random
 import shlex
 import sys
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from textwrap import shorten
 
 import torch
@@ -21,9 +22,14 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from layers import BatchNorm1d, backward_shared, forward_shared, share
-from model import LARGEST_BLOCK, Vocabulary, WaveNet, check, contexts_and_targets, digest, read_names, read_tensors, save
-from model import windows, write, write_tensors
+from model import LARGEST_BLOCK, Vocabulary, WaveNet, check, contexts_and_targets, digest, load, read_names, read_tensors
+from model import save, transfer, windows, write, write_tensors
 from sampling import MAX_SEED, MODEL, NAMES, TINY, Parser, generate, interrupt, number, on_signals, remark
+
+VALIDATED = 50_000  # windows, at most, for the curve of the validation losses and all that is chosen by them
+MEASURED = 400_000  # windows, at most, of a split for its loss: the standard error is then below 0.002 nats
+SCALES = [0.5 + 0.05 * i for i in range(17)]  # of the logits, from 0.5 to 1.3
+
 
 def split(names):
     """Rows -> (train, test, validation): shuffled, then 80 %, 10 % and 10 % of them."""
@@ -34,6 +40,19 @@ def split(names):
     if not all(parts):
         raise ValueError(f"{len(names)} names are too few to split in three: give at least 10")
     return parts
+
+
+def first_rows(names, n):
+    """As many of the first names as make at most n windows."""
+    for i, end in enumerate(accumulate(len(name) + 1 for name in names)):
+        if end > n:
+            return names[: max(i, 1)]
+    return names
+
+
+def recipe(n):
+    """The flags that suit a list of n training windows; measured on lists of many sizes, see the README."""
+    return {"dropout": round(min(0.4, 50 / n**0.5), 3), "steps": min(200_000, 10_000 + n * 11 // 10)}
 
 
 def chunk_size(args):
@@ -49,8 +68,13 @@ def seed_of(step, args):
 def draw(window, vocab_size, first, args):
     """The minibatches of windows from step `first` on, drawn at random: a list of (tree, targets (B,))."""
     generator = torch.Generator().manual_seed(seed_of(first, args))
-    index = torch.randint(len(window), (chunk_size(args), args.batch_size), generator=generator)
-    contexts, targets = contexts_and_targets(window[index])
+    shape = chunk_size(args), args.batch_size
+    contexts, targets = contexts_and_targets(window[torch.randint(len(window), shape, generator=generator)])
+    # Dropout of what is far away: of some contexts only the last 2 to 8 characters are left. So what is often
+    # seen behind a few characters is learnt from every place where they stand, as by counts of n-grams.
+    left = torch.randint(2, 9, (*shape, 1), generator=generator)
+    left[torch.rand(left.shape, generator=generator) >= 2 * args.dropout] = args.block_size
+    contexts *= torch.arange(args.block_size, 0, -1) <= left
     return list(zip(share(contexts.to(args.device), vocab_size), targets.to(args.device)))
 
 
@@ -68,11 +92,13 @@ def cross_entropy(logits, targets):
 
 
 @torch.inference_mode()  # every operation takes less time than under no_grad
-def sgd_step(net, parameters, tree, targets, lr):
-    """One step of plain SGD on one minibatch -> its loss."""
+def sgd_step(net, parameters, tree, targets, lr, weight_decay=0.0):
+    """One step of SGD on one minibatch -> its loss. Only matrices decay, as in most networks."""
     loss, grad = cross_entropy(forward_shared(net, tree), targets)
     backward_shared(net, tree, grad)
     for parameter in parameters:
+        if weight_decay and parameter.dim() == 2:
+            parameter.mul_(1 - lr * weight_decay)
         parameter.sub_(parameter.grad, alpha=lr)
     return loss
 
@@ -89,129 +115,144 @@ def predictions(net, window, batch_size=8192):
     net.train(training)
 
 
-def evaluate(net, window, batch_size=8192):
-    """Mean loss, in nats a character, of the network in eval mode over all windows."""
-    batches = predictions(net, window, batch_size)
-    return sum(F.cross_entropy(*batch, reduction="sum").item() for batch in batches) / len(window)
+def evaluate(net, window, scales=(1.0,)):
+    """Mean loss, in nats a character, of the network in eval mode over all windows, its logits times each scale."""
+    total = torch.zeros(len(scales), dtype=torch.float64)
+    for logits, targets in predictions(net, window):
+        total += torch.tensor([F.cross_entropy(scale * logits, targets, reduction="sum") for scale in scales])
+    return (total / len(window)).tolist()
 
 
-@torch.no_grad()
-def calibrate(net, window):
-    """Scale the logits to the least loss over the windows: temperature scaling, arXiv:1706.04599.
+def best_scale(net, window, scales):
+    """The scale of the logits with the least loss -> (loss, scale): temperature scaling, arXiv:1706.04599.
 
-    What it has learnt by heart makes a network too sure of what it has not seen. The scale stays within
-    0.8 to 1.25, as the few names that a short list has for validation say little.
+    What it has learnt by heart makes a network too sure of what it has not seen.
     """
-    scale = 1.0
-    for _ in range(4):  # of Newton's method: the loss is convex in the scale
-        slope = curvature = 0.0
-        # Each time anew: the logits of all windows, of a large vocabulary, might not fit into the memory.
-        for logits, targets in predictions(net, window):
-            probs = (scale * logits).softmax(1)
-            mean = (probs * logits).sum(1, keepdim=True)
-            slope += (mean - logits.gather(1, targets.unsqueeze(1))).sum().item()
-            curvature += (probs * (logits - mean).square()).sum().item()
-        scale = min(max(scale - slope / max(curvature, TINY), 0.8), 1.25)
-    net[-1].weight.mul_(scale)
-    net[-1].bias.mul_(scale)
+    return min(zip(evaluate(net, window, scales), scales))
+
+
+def towards(average, weights, n):
+    """The nth weights go into their mean with weight 4 / n: it spans about the last quarter of all. arXiv:1212.1824."""
+    return average.lerp(weights, 4 / (n + 4))
 
 
 @torch.no_grad()
 def train(net, train_windows, val_windows, args, state=None, keep=lambda state: None, stopped=lambda: False):
-    """Plain SGD; it ends with the mean of the weights over the last quarter of the steps in the network.
+    """Plain SGD -> (best, curves): the averaged weights of the least validation loss, and the losses for the picture.
 
-    Returns the curves {"train": [(step, smoothed loss)], "val": [(step, loss)]} for the picture. Every
-    args.checkpoint_every steps, and after the last, keep(state) is given all that is needed to go on from
-    there, as `state`, to the very same bits; when stopped(), once more, and None is returned.
+    Every args.checkpoint_every steps, after the last, and when it ends since stopped(), keep(state) is given
+    all that is needed to go on from there, as `state`, to the very same bits.
+    best is {"step", "loss", "scale": of the logits, "state_dict"}; curves are {"train": [(step, smoothed
+    loss)], "val": [(step, loss of the averaged weights, scaled)]}.
     Raises FloatingPointError when the loss or a weight is no longer a finite number.
     """
-    parameters, average = list(net.parameters()), AveragedModel(net)
-    start, loss_sum, curves = 0, 0.0, {"train": [], "val": []}
+    parameters, average = list(net.parameters()), AveragedModel(net, avg_fn=towards)
+    start, loss_sum, curves, best = 0, 0.0, {"train": [], "val": []}, {}
     if state:
-        start, loss_sum, curves = state["step"], state["loss_sum"], state["curves"]
+        start, loss_sum, curves, best = (state[key] for key in ("step", "loss_sum", "curves", "best"))
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
 
     for layer in net:
         if isinstance(layer, BatchNorm1d):
             layer.track_running_stats = False  # only eval mode needs them, and then they are measured
-    late, every, chunk = args.steps - max(1, args.steps // 4), max(1, args.steps // 200), chunk_size(args)
+    every, chunk, weight_decay = max(1, args.steps // 200), chunk_size(args), 60 / max(12_000, args.steps)
+    # A validation takes the time of some ten steps for each thousand windows: it shall be a small part.
+    validate_every = max(args.steps // 40, len(val_windows) // 20, 1)
     net.train()
     with tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, disable=None) as bar:
         for step in range(start, args.steps):
             if step % chunk == 0 or step == start:
                 batches = draw(train_windows, len(net[0].weight), step - step % chunk, args)
             torch.manual_seed(~seed_of(step, args))  # for Dropout: not the numbers that drew the windows
-            loss = sgd_step(net, parameters, *batches[step % chunk], learning_rate(step, args.steps, args.lr))
+            lr = learning_rate(step, args.steps, args.lr)
+            loss = sgd_step(net, parameters, *batches[step % chunk], lr, weight_decay)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
-            # Neighbouring weights are nearly the same, so every tenth step is enough for their mean.
-            if step >= late and (args.steps - 1 - step) % 10 == 0:
-                average.update_parameters(net)
+            done, stop = step + 1, stopped()
             loss_sum += loss
-            done = step + 1
             if done % every == 0:
                 curves["train"].append((done, loss_sum / every))
                 loss_sum = 0.0
-            validate = done % max(every * 5, 1000) == 0
+            validate = done % validate_every == 0 or done == args.steps
+            if validate or done % 10 == 0:  # neighbouring weights are nearly the same
+                average.update_parameters(net)
             if validate:
-                recompute_statistics(net, train_windows, batches=1)
-                curves["val"].append((done, evaluate(net, val_windows)))
-            stop = stopped()
+                mean = average.module
+                recompute_statistics(mean, train_windows, batches=1)
+                loss, scale = best_scale(mean, val_windows, SCALES)
+                curves["val"].append((done, loss))
+                if not best or loss < best["loss"]:
+                    state_dict = {name: tensor.clone() for name, tensor in mean.state_dict().items()}
+                    best = {"step": done, "loss": loss, "scale": scale, "state_dict": state_dict}
             if done % args.checkpoint_every == 0 or done == args.steps or stop:
+                state = {
+                    "step": done,
+                    "loss_sum": loss_sum,
+                    "curves": curves,
+                    "state_dict": dict(net.state_dict()),
+                    "average": dict(average.state_dict()),
+                    "best": best,
+                }
                 try:
-                    check(net.state_dict(), net)
+                    check_state(state, net, args.steps)
                 except ValueError as error:
                     raise FloatingPointError(f"{error} at step {done}") from None
-                keep(
-                    {
-                        "step": done,
-                        "loss_sum": loss_sum,
-                        "curves": curves,
-                        "state_dict": dict(net.state_dict()),
-                        "average": dict(average.state_dict()),
-                    }
-                )
+                keep(state)
             if stop:
-                return None
+                break
             bar.update()
             if validate or done % every == 0:
                 losses = ", ".join(f"{part} {curve[-1][1]:.3f}" for part, curve in curves.items() if curve)
                 bar.set_postfix_str(losses, refresh=False)
                 if bar.disable and validate:
                     remark(f"step {done:,} of {args.steps:,}: {losses}")
-    net.load_state_dict(average.module.state_dict())
-    recompute_statistics(net, train_windows, batches=16)
-    return curves
+    return best, curves
 
 
 def check_state(state, net, steps):
-    """Raises ValueError unless `state` can be one that train() gave away for this network and these steps."""
-    curves = state["curves"]
+    """Raises ValueError unless `state` can be one of train() for this network and these steps."""
+    curves, best = state["curves"], state["best"]
     points = [*curves["train"], *curves["val"], (state["step"], state["loss_sum"])]
-    if any(type(step) is not int or not 0 < step <= steps or not math.isfinite(loss) for step, loss in points):
+    points += [(best["step"], best["loss"]), (best["step"], best["scale"])] if best else []
+    if any(type(step) is not int or not 0 < step <= steps or not math.isfinite(number) for step, number in points):
         raise ValueError("its steps and losses are impossible")
     check(state["state_dict"], net)
     check(state["average"], AveragedModel(net))
+    if best or state["step"] == steps:
+        check(best["state_dict"], net)
 
 
 @torch.no_grad()
-def recompute_statistics(net, window, batches, batch_size=8192):
+def recompute_statistics(net, window, batches):
     """BatchNorm1d's running statistics over windows drawn at random, always the same; arXiv:1803.05407."""
     generator, training = torch.Generator().manual_seed(0), net.training
     norms = [layer for layer in net if isinstance(layer, BatchNorm1d)]
+    before = [(norm.momentum, norm.track_running_stats) for norm in norms]
     net.eval()  # no Dropout
     for norm in norms:
         norm.train().num_batches_tracked.zero_()
-        norm.momentum, momentum = None, norm.momentum
-        norm.track_running_stats, tracked = True, norm.track_running_stats
+        norm.momentum, norm.track_running_stats = None, True  # None: the plain mean of all batches
+    batch_size = min(8192, max(2048, len(window) // 4))
     for _ in range(batches):
         contexts, _ = contexts_and_targets(window[torch.randint(len(window), (1, batch_size), generator=generator)])
         (tree,) = share(contexts.to(net[0].weight.device), len(net[0].weight))
         forward_shared(net, tree)
-    for norm in norms:
+    for norm, (momentum, tracked) in zip(norms, before):
         norm.momentum, norm.track_running_stats = momentum, tracked
     net.train(training)
+
+
+@torch.no_grad()
+def finished(sizes, best, train_windows, val_windows):
+    """The network to keep: of the best weights, without Dropout, its logits scaled to the least validation loss."""
+    net = WaveNet(**sizes)
+    net.load_state_dict(dict(zip(net.state_dict(), best["state_dict"].values(), strict=True)))
+    recompute_statistics(net, train_windows, batches=16)
+    _, scale = best_scale(net, val_windows, [best["scale"] + percent / 100 for percent in range(-5, 6)])
+    net[-1].weight.mul_(scale)
+    net[-1].bias.mul_(scale)
+    return net.eval()
 
 
 def plot(path, curves, losses):
@@ -221,9 +262,8 @@ def plot(path, curves, losses):
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*curves["train"]), label="training, smoothed")
-    if curves["val"]:
-        axes.plot(*zip(*curves["val"]), label="validation")
-    axes.axhline(losses["val"], color="black", linewidth=0.8, label="validation, finished network")
+    axes.plot(*zip(*curves["val"]), label="validation, averaged weights")
+    axes.axhline(losses["val"], color="black", linewidth=0.8, label="validation, the network that was kept")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a character)")
     axes.legend()
@@ -237,13 +277,14 @@ def flags():
     parser = Parser(description=__doc__)
     parser.add_argument("--data", default=NAMES, help="a text file, one name a line (names.txt)")
     parser.add_argument("--out", default=MODEL, help="where the network goes (model_state.pth)")
-    parser.add_argument("--steps", type=number(int, 1, 10**12), default=200_000, help="SGD steps (200000)")
+    parser.add_argument("--steps", type=number(int, 1, 10**12), help="SGD steps (as many as suit the list, at most 200000)")
+    parser.add_argument("--init-from", metavar="MODEL", help="begin with this network, of another list or this one")
     parser.add_argument("--batch-size", type=number(int, 2, 10**6), default=96, help="windows a step (96)")
     parser.add_argument("--block-size", type=number(int, 2, LARGEST_BLOCK), default=16, help="characters seen, a power of two (16)")
     parser.add_argument("--n-embd", type=number(int, 1, 10**5), default=24, help="size of a character's vector (24)")
     parser.add_argument("--n-hidden", type=number(int, 1, 10**5), default=280, help="size of each level (280)")
     parser.add_argument("--lr", type=number(float, TINY, 1 / TINY), default=0.1, help="learning rate; a tenth of it in the second half (0.1)")
-    parser.add_argument("--dropout", type=number(float, 0, 0.99), default=0.15, help="share of each level's channels left out (0.15)")
+    parser.add_argument("--dropout", type=number(float, 0, 0.99), help="share of each level's channels left out (what suits the list)")
     parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=1, help="the same weights at every run (1)")
     parser.add_argument("--threads", type=number(int, 1, 1024), default=1, help="processor cores to use (1)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train (cpu)")
@@ -255,8 +296,20 @@ def flags():
 # The flags that make a training what it is: --resume cannot change them. Threads are among them, since sums
 # are rounded in another way when they are shared out.
 OF_THE_RUN = "steps batch_size block_size n_embd n_hidden lr dropout seed threads device".split()
-STATE = {"step": int, "loss_sum": float, "curves": dict, "state_dict": dict, "average": dict, "names": str, "flags": dict}
 REMEMBERED = OF_THE_RUN + ["checkpoint_every", "data"]
+STATE = {"step": int, "loss_sum": float, "curves": dict, "state_dict": dict, "average": dict, "best": dict}
+STATE |= {"names": str, "flags": dict}
+
+
+def settled(parser, argv, given, what):
+    """The flags of argv, with `given` as defaults. Raises ValueError when argv has another value for one of them."""
+    parser.set_defaults(**given)
+    args = parser.parse_args(argv)
+    for name, old in given.items():
+        if getattr(args, name) != old:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(args, name)} contradicts {what}, which has {flag} {old}")
+    return args
 
 
 def resumed(parser, argv, unfinished):
@@ -266,33 +319,27 @@ def resumed(parser, argv, unfinished):
     """
     state = read_tensors(unfinished, STATE, "there is nothing to resume")
     saved = {name: state["flags"].get(name) for name in REMEMBERED}
-    before = parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in saved.items()])
-    parser.set_defaults(**{name: getattr(before, name) for name in REMEMBERED})
-    after = parser.parse_args(argv)
-    for name in OF_THE_RUN:
-        old, new = getattr(before, name), getattr(after, name)
-        if old != new:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {new} contradicts the unfinished training's {flag} {old}")
-    return state, after
+    before = vars(parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in saved.items()]))
+    parser.set_defaults(**{name: before[name] for name in REMEMBERED})
+    return state, settled(parser, argv, {name: before[name] for name in OF_THE_RUN}, "the unfinished training")
 
 
-def files_of(args):
-    """The files of a training beside the network, args.out -> its picture, its unfinished state, their lock.
+def files_of(out, data):
+    """The files of a training beside the network, `out` -> its picture, its unfinished state, their lock.
 
     Raises ValueError when one of them is no file, or could be another one that the user needs.
     """
-    stem, ending = os.path.splitext(args.out)
-    files = f"{stem}.png", f"{args.out}.unfinished", f"{args.out}.unfinished.lock"
-    for path in args.out, *files:
+    stem, ending = os.path.splitext(out)
+    files = f"{stem}.png", f"{out}.unfinished", f"{out}.unfinished.lock"
+    for path in out, *files:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is a folder or a device: choose another --out")
     if os.path.exists(files[-1]) and os.path.getsize(files[-1]):
         raise ValueError(f"{files[-1]} is another program's: choose another --out")
-    if os.path.realpath(args.data) in (args.out, *files) or ending in (".png", ".unfinished", ".lock"):
-        raise ValueError(f"--out {args.out} would overwrite a file of another kind: choose another, such as own.pth")
-    if not os.path.isdir(os.path.dirname(args.out)):
-        raise ValueError(f"{args.out} cannot be written (no such folder): choose another --out")
+    if os.path.realpath(data) in (out, *files) or ending in (".png", ".unfinished", ".lock"):
+        raise ValueError(f"--out {out} would overwrite a file of another kind: choose another, such as own.pth")
+    if not os.path.isdir(os.path.dirname(out)):
+        raise ValueError(f"{out} cannot be written (no such folder): choose another --out")
     return files
 
 
@@ -320,47 +367,60 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = flags()
     with parser.one_line_errors():
-        args, state = parser.parse_args(argv), None
-        args.out = os.path.realpath(args.out)  # a link stays a link
-        picture, unfinished, lock = files_of(args)
+        args, state, trained = parser.parse_args(argv), None, None
+        out = os.path.realpath(args.out)  # a link stays a link
+        picture, unfinished, lock = files_of(out, args.data)
         with locked(lock, remove=args.resume):
             if args.resume:
-                out = args.out
                 state, args = resumed(parser, argv, unfinished)
-                args.out = out
-                files_of(args)
+                files_of(out, args.data)
             elif os.path.exists(unfinished):
                 raise ValueError(f"{unfinished} is of an unfinished training: add --resume to go on, or delete it")
+            elif args.init_from is not None:
+                trained = load(args.init_from)
+                sizes = {name: trained[0].config[name] for name in ("block_size", "n_embd", "n_hidden")}
+                args = settled(parser, argv, sizes, args.init_from)
             try:
-                run(args, state, picture, unfinished)
+                run(args, state, trained, out, picture, unfinished)
             except KeyboardInterrupt:
                 if os.path.exists(unfinished):
-                    remark(f"stopped; to go on: python train.py --out {shlex.quote(args.out)} --resume")
+                    remark(f"stopped; to go on: python train.py --out {shlex.quote(out)} --resume")
                 raise
 
 
-def run(args, state, picture, unfinished):
+def run(args, state, trained, out, picture, unfinished):
     """The whole training: from the list of names to the network, its picture and a few names."""
     torch.set_num_threads(args.threads)
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         raise ValueError(f"this machine has no device {args.device!r}: leave out --device")
-    names = read_names(args.data)
-    if state and digest(names) != state["names"]:
+    names = read_names(args.data, progress=remark)
+    names_digest = digest(names)
+    if state and names_digest != state["names"]:
         raise ValueError(f"the names in {args.data} are not those of the unfinished training: give its list with --data")
-    parts = dict(zip(("train", "test", "val"), split(names)))
-    known = set(parts["train"])
+    vocab, parts = Vocabulary(names), dict(zip(("train", "test", "val"), split(names)))
+    # Of a large list no more is tested and validated on than is needed.
+    parts["test"], parts["val"] = (first_rows(parts[part], MEASURED) for part in ("test", "val"))
+    known = set(parts["val"]).intersection(parts["train"])
     if unseen := [name for name in parts["val"] if name not in known]:
         parts["unseen"] = unseen
-    vocab = Vocabulary(names)
     views = {part: windows(some, vocab, args.block_size) for part, some in parts.items()}
+    rows = len(names)
+    del names, parts  # much memory, for a large list
     sizes = dict(vocab_size=len(vocab), block_size=args.block_size, n_embd=args.n_embd, n_hidden=args.n_hidden)
     parameters = refuse_too_large(sizes)
-    torch.manual_seed(args.seed)
-    net = WaveNet(**sizes, dropout=args.dropout).to(args.device)
     remark(
-        f"{len(names):,} rows, {len(set(names)):,} distinct, {len(vocab) - 1} characters; "
-        f"windows: {', '.join(f'{part} {len(view):,}' for part, view in views.items())}; {parameters:,} parameters"
+        f"{rows:,} rows, {len(vocab) - 1} characters; windows: "
+        f"{', '.join(f'{part} {len(view):,}' for part, view in views.items())}; {parameters:,} parameters"
     )
+    for name, value in recipe(len(views["train"])).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+            remark(f"--{name} {value}, which suits {len(views['train']):,} training windows")
+    torch.manual_seed(args.seed)
+    net = WaveNet(**sizes, dropout=args.dropout)
+    if trained:
+        transfer(net, vocab, *trained[:2])
+    net.to(args.device)
     if state:
         try:
             check_state(state, net, args.steps)
@@ -371,28 +431,23 @@ def run(args, state, picture, unfinished):
     remembered = of_the_run | {"checkpoint_every": args.checkpoint_every, "data": os.path.abspath(args.data)}
 
     def keep(state):
-        write_tensors(unfinished, state | {"names": digest(names), "flags": remembered})
+        write_tensors(unfinished, state | {"names": names_digest, "flags": remembered})
 
     caught = []
     try:
         with on_signals(caught.append):
-            curves = train(net, views["train"], views["val"], args, state, keep, lambda: caught)
+            best, curves = train(net, views["train"], views["val"][:VALIDATED], args, state, keep, lambda: caught)
         if caught:
             interrupt(caught[0])
-
-        # The finished network is the same without its Dropout.
-        plain = WaveNet(**sizes)
-        plain.load_state_dict(dict(zip(plain.state_dict(), net.cpu().state_dict().values(), strict=True)))
-        calibrate(plain, views["val"])
-        losses = {part: evaluate(plain, view) for part, view in views.items()}
+        net = finished(sizes, best, views["train"], views["val"][:VALIDATED])
+        losses = {part: evaluate(net, view[:MEASURED])[0] for part, view in views.items()}
         if not all(map(math.isfinite, losses.values())):
             raise FloatingPointError("the losses of the finished network are not finite")
     except FloatingPointError as error:
         hint = f"; the last good state is in {unfinished}" if os.path.exists(unfinished) else ""
         raise ValueError(f"{error}: --lr {args.lr} is too high{hint}") from None
-
-    made = of_the_run | {"names": digest(names), "rows": len(names), "losses": losses, "torch": str(torch.__version__)}
-    save(args.out, plain, vocab, made)
+    made = {"names": names_digest, "rows": rows, "kept": best["step"], "losses": losses}
+    save(out, net, vocab, of_the_run | made | {"torch": str(torch.__version__)})
     try:
         plot(picture, curves, losses)
     except Exception as error:  # whatever matplotlib may stumble over, the network is what counts
@@ -402,8 +457,9 @@ def run(args, state, picture, unfinished):
         os.remove(unfinished)
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
-    print("\n".join(generate(plain.eval(), vocab, 10)))
-    print(f"written: {args.out} and {picture}")
+    print(f"kept: the averaged weights of step {best['step']:,}, of least validation loss, logits times {best['scale']:.2f}")
+    print("\n".join(generate(net, vocab, 10)))
+    print(f"written: {out} and {picture}")
 
 
 def refuse_too_large(sizes):
