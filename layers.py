@@ -7,13 +7,20 @@ last forward() it sets .grad of the layer's own parameters and returns dL/dx.
 """
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 
 def keep(layer, *tensors):
     """Keep in `layer` what its backward() needs. Under autograd, or in eval mode, nothing is needed."""
     if layer.training and not torch.is_grad_enabled():
         layer.__dict__["kept"] = tensors  # past nn.Module's slow search for parameters
+
+
+def all_reduce(tensor):
+    """The sum of a tensor over the processes that train together, in place; nothing where there is one."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
 
 
 class Embedding(nn.Module):
@@ -78,9 +85,9 @@ class Linear(nn.Module):
         # y[r, o] = sum_i weight[o, i] x[r, i] + bias[o], so each factor's gradient is g times the other.
         (x,) = self.kept
         g_rows = g.reshape(-1, self.out_features)
-        self.weight.grad = g_rows.T @ x.reshape(-1, self.in_features)
+        self.weight.grad = all_reduce(g_rows.T @ x.reshape(-1, self.in_features))
         if self.bias is not None:
-            self.bias.grad = g_rows.sum(0)
+            self.bias.grad = all_reduce(g_rows.sum(0))
         return g @ self.weight
 
     def extra_repr(self):
@@ -116,13 +123,13 @@ class BatchNorm1d(nn.Module):
         if not self.training:
             return (x - self.running_mean) * (weight * (self.running_var + self.eps).rsqrt()) + bias
         if share is None:
-            n = len(x)
-            share = x.new_full((n,), 1 / n)
+            n = all_reduce(torch.tensor(len(x), device=x.device)).item()
+            share = x.new_full((len(x),), 1 / n)
         if n < 2:
             raise ValueError("one value a channel has no variance: train on at least two")
-        mean = share @ x
+        mean = all_reduce(share @ x)
         centred = x - mean
-        var = share @ centred.square()
+        var = all_reduce(share @ centred.square())
         rstd = (var + self.eps).rsqrt()
         x_hat = centred * rstd
         keep(self, x_hat, rstd, share)
@@ -141,8 +148,8 @@ class BatchNorm1d(nn.Module):
         # dL/dx[r] = weight * rstd * (g[r] - s[r] * (sum g + x_hat[r] * sum(g * x_hat))).
         x_hat, rstd, share = self.kept
         weight, bias = self.weight, self.bias
-        bias.grad = sum_g = g.sum(0)
-        weight.grad = sum_gx = (g * x_hat).sum(0)
+        bias.grad = sum_g = all_reduce(g.sum(0))
+        weight.grad = sum_gx = all_reduce((g * x_hat).sum(0))
         through_all = torch.addcmul(sum_g, x_hat, sum_gx)
         return torch.addcmul(g, through_all, share.unsqueeze(1), value=-1) * (weight * rstd)
 
@@ -189,7 +196,7 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
-def share(contexts, vocab_size):
+def share(contexts, vocab_size, batch_size=None):
     """K batches of contexts (K, B, T) int64 -> a list of K trees that hold each distinct row once.
 
     Most of a window is padding, and most names begin like others, so the B * T/2 pairs of a level are
@@ -206,7 +213,7 @@ def share(contexts, vocab_size):
         sizes = torch.bincount(keys // n**2, minlength=K)
         ids = ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)
         children = torch.stack((keys // n % n, keys % n), 1).view(-1)
-        sizes, pairs = sizes.tolist(), ids[0].numel()
+        sizes, pairs = sizes.tolist(), (batch_size or ids.shape[1]) * ids.shape[2]
         shares = (counts / pairs).split(sizes)
         levels.append(list(zip(children.split([2 * size for size in sizes]), shares, [pairs] * K)))
         n = max(sizes)
@@ -243,4 +250,4 @@ def backward_shared(net, tree, g):
             children, _, _ = next(below)
             g = g.flatten(0, 1)
             g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, children, g)
-    embedding.weight.grad = g
+    embedding.weight.grad = all_reduce(g)

@@ -11,20 +11,47 @@ import os
 import random
 import shlex
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import accumulate
 from textwrap import shorten
 
 import torch
 from filelock import FileLock, Timeout
+from torch import distributed
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from layers import BatchNorm1d, backward_shared, forward_shared, share
-from model import LARGEST_BLOCK, Vocabulary, WaveNet, check, contexts_and_targets, digest, load, read_names, read_tensors
-from model import save, transfer, windows, write, write_tensors
-from sampling import MAX_SEED, MODEL, NAMES, TINY, Parser, generate, interrupt, number, on_signals, remark
+from layers import BatchNorm1d, all_reduce, backward_shared, forward_shared, share
+from model import (
+    LARGEST_BLOCK,
+    Vocabulary,
+    WaveNet,
+    check,
+    contexts_and_targets,
+    digest,
+    load,
+    out_of_memory,
+    read_names,
+    read_tensors,
+    save,
+    transfer,
+    windows,
+    write,
+    write_tensors,
+)
+from sampling import (
+    MAX_SEED,
+    MODEL,
+    NAMES,
+    TINY,
+    Parser,
+    generate,
+    interrupt,
+    number,
+    on_signals,
+    remark,
+)
 
 VALIDATED = 50_000  # windows, at most, for the curve of the validation losses and all that is chosen by them
 MEASURED = 400_000  # windows, at most, of a split for its loss: the standard error is then below 0.002 nats
@@ -75,7 +102,33 @@ def draw(window, vocab_size, first, args):
     left = torch.randint(2, 9, (*shape, 1), generator=generator)
     left[torch.rand(left.shape, generator=generator) >= 2 * args.dropout] = args.block_size
     contexts *= torch.arange(args.block_size, 0, -1) <= left
-    return list(zip(share(contexts.to(args.device), vocab_size), targets.to(args.device)))
+    trees = share(mine(contexts).to(args.device), vocab_size, args.batch_size)
+    return list(zip(trees, mine(targets).to(args.device)))
+
+
+def grouped():
+    """Whether this is one of several processes of torchrun that train together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank():
+    return distributed.get_rank() if grouped() else 0
+
+
+def mine(minibatches):
+    """What this process computes of minibatches (K, B, ...)."""
+    return minibatches[:, rank() :: distributed.get_world_size() if grouped() else 1]
+
+
+def from_all(value):
+    """The values that the processes have, in their order."""
+    values = [value]
+    if grouped():
+        values *= distributed.get_world_size()
+        distributed.all_gather_object(values, value)
+    return values
+
+
 
 
 def learning_rate(step, steps, lr):
@@ -83,18 +136,18 @@ def learning_rate(step, steps, lr):
     return lr if step < steps // 2 else lr / 10
 
 
-def cross_entropy(logits, targets):
-    """Logits (B, V), targets (B,) -> mean loss in nats, and its gradient (softmax - one-hot) / B."""
+def cross_entropy(logits, targets, n):
+    """Logits (B, V), targets (B,) of a minibatch of n -> its mean loss, nats, and the gradient (softmax - one-hot) / n."""
     targets = targets.unsqueeze(1)
     log_probs = logits.log_softmax(1)
-    loss = -log_probs.gather(1, targets).mean().item()
-    return loss, log_probs.exp().scatter_(1, targets, -1.0, reduce="add").div_(len(targets))
+    loss = all_reduce(-log_probs.gather(1, targets).sum() / n).item()
+    return loss, log_probs.exp().scatter_(1, targets, -1.0, reduce="add").div_(n)
 
 
 @torch.inference_mode()  # every operation takes less time than under no_grad
-def sgd_step(net, parameters, tree, targets, lr, weight_decay=0.0):
-    """One step of SGD on one minibatch -> its loss. Only matrices decay, as in most networks."""
-    loss, grad = cross_entropy(forward_shared(net, tree), targets)
+def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0):
+    """One step of SGD on (this process's part of) a minibatch of n -> its loss. Only matrices decay."""
+    loss, grad = cross_entropy(forward_shared(net, tree), targets, n)
     backward_shared(net, tree, grad)
     for parameter in parameters:
         if weight_decay and parameter.dim() == 2:
@@ -137,11 +190,11 @@ def towards(average, weights, n):
 
 
 @torch.no_grad()
-def train(net, train_windows, val_windows, args, state=None, keep=lambda state: None, stopped=lambda: False):
+def train(net, train_windows, val_windows, args, state=None, keep=lambda state: None, stopped=tuple):
     """Plain SGD -> (best, curves): the averaged weights of the least validation loss, and the losses for the picture.
 
-    Every args.checkpoint_every steps, after the last, and when it ends since stopped(), keep(state) is given
-    all that is needed to go on from there, as `state`, to the very same bits.
+    Every args.checkpoint_every steps, after the last, and when stopped() holds a signal, keep(state) is given
+    all that is needed to go on from there, as `state`, to the very same bits; KeyboardInterrupt follows the signal.
     best is {"step", "loss", "scale": of the logits, "state_dict"}; curves are {"train": [(step, smoothed
     loss)], "val": [(step, loss of the averaged weights, scaled)]}.
     Raises FloatingPointError when the loss or a weight is no longer a finite number.
@@ -159,6 +212,21 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
     every, chunk, weight_decay = max(1, args.steps // 200), chunk_size(args), 60 / max(12_000, args.steps)
     # A validation takes the time of some ten steps for each thousand windows: it shall be a small part.
     validate_every = max(args.steps // 40, len(val_windows) // 20, 1)
+    def snapshot(step):
+        state = {
+            "step": step,
+            "loss_sum": loss_sum,
+            "curves": curves,
+            "state_dict": dict(net.state_dict()),
+            "average": dict(average.state_dict()),
+            "best": best,
+        }
+        try:
+            check_state(state, net, args.steps)
+        except ValueError as error:
+            raise FloatingPointError(f"{error} at step {step}") from None
+        return state
+
     net.train()
     with tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, disable=None) as bar:
         for step in range(start, args.steps):
@@ -166,10 +234,18 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
                 batches = draw(train_windows, len(net[0].weight), step - step % chunk, args)
             torch.manual_seed(~seed_of(step, args))  # for Dropout: not the numbers that drew the windows
             lr = learning_rate(step, args.steps, args.lr)
-            loss = sgd_step(net, parameters, *batches[step % chunk], lr, weight_decay)
+            try:
+                loss = sgd_step(net, parameters, *batches[step % chunk], args.batch_size, lr, weight_decay)
+                stop = all_reduce(torch.tensor(len(stopped()), device=args.device)).item()
+            except RuntimeError as error:
+                if not grouped() or out_of_memory(error):
+                    raise
+                if step and not rank():
+                    keep(snapshot(step))
+                raise ConnectionError from None
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
-            done, stop = step + 1, stopped()
+            done = step + 1
             loss_sum += loss
             if done % every == 0:
                 curves["train"].append((done, loss_sum / every))
@@ -180,29 +256,18 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
             if validate:
                 mean = average.module
                 recompute_statistics(mean, train_windows, batches=1)
+            if validate and not rank():
                 loss, scale = best_scale(mean, val_windows, SCALES)
                 curves["val"].append((done, loss))
                 if not best or loss < best["loss"]:
                     state_dict = {name: tensor.clone() for name, tensor in mean.state_dict().items()}
                     best = {"step": done, "loss": loss, "scale": scale, "state_dict": state_dict}
-            if done % args.checkpoint_every == 0 or done == args.steps or stop:
-                state = {
-                    "step": done,
-                    "loss_sum": loss_sum,
-                    "curves": curves,
-                    "state_dict": dict(net.state_dict()),
-                    "average": dict(average.state_dict()),
-                    "best": best,
-                }
-                try:
-                    check_state(state, net, args.steps)
-                except ValueError as error:
-                    raise FloatingPointError(f"{error} at step {done}") from None
-                keep(state)
+            if (done % args.checkpoint_every == 0 or done == args.steps or stop) and not rank():
+                keep(snapshot(done))
             if stop:
-                break
+                raise KeyboardInterrupt(*stopped() or [signal.SIGTERM])
             bar.update()
-            if validate or done % every == 0:
+            if (validate or done % every == 0) and not rank():
                 losses = ", ".join(f"{part} {curve[-1][1]:.3f}" for part, curve in curves.items() if curve)
                 bar.set_postfix_str(losses, refresh=False)
                 if bar.disable and validate:
@@ -236,7 +301,7 @@ def recompute_statistics(net, window, batches):
     batch_size = min(8192, max(2048, len(window) // 4))
     for _ in range(batches):
         contexts, _ = contexts_and_targets(window[torch.randint(len(window), (1, batch_size), generator=generator)])
-        (tree,) = share(contexts.to(net[0].weight.device), len(net[0].weight))
+        (tree,) = share(mine(contexts).to(net[0].weight.device), len(net[0].weight), batch_size)
         forward_shared(net, tree)
     for norm, (momentum, tracked) in zip(norms, before):
         norm.momentum, norm.track_running_stats = momentum, tracked
@@ -363,38 +428,77 @@ def locked(path, remove):
         lock.release()
 
 
+@contextmanager
+def process_group(device):
+    """Inside, the processes that torchrun started can reach each other; only the first of them is heard."""
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    if rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        yield
+    except ConnectionError:
+        sys.stderr = sys.__stderr__
+        raise ValueError("another process of this training has ended: go on with --resume") from None
+    finally:
+        if grouped():
+            distributed.destroy_process_group()
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = flags()
     with parser.one_line_errors():
-        args, state, trained = parser.parse_args(argv), None, None
-        out = os.path.realpath(args.out)  # a link stays a link
-        picture, unfinished, lock = files_of(out, args.data)
-        with locked(lock, remove=args.resume):
-            if args.resume:
-                state, args = resumed(parser, argv, unfinished)
-                files_of(out, args.data)
-            elif os.path.exists(unfinished):
-                raise ValueError(f"{unfinished} is of an unfinished training: add --resume to go on, or delete it")
-            elif args.init_from is not None:
-                trained = load(args.init_from)
-                sizes = {name: trained[0].config[name] for name in ("block_size", "n_embd", "n_hidden")}
-                args = settled(parser, argv, sizes, args.init_from)
-            try:
-                run(args, state, trained, out, picture, unfinished)
-            except KeyboardInterrupt:
-                if os.path.exists(unfinished):
-                    remark(f"stopped; to go on: python train.py --out {shlex.quote(out)} --resume")
-                raise
+        args = parser.parse_args(argv)
+        refuse_device(args.device)
+        with process_group(args.device):
+            start(parser, argv, args)
+
+
+def start(parser, argv, args):
+    """Begin or go on with the training of these flags, the only one that writes to its files."""
+    out, state, trained = os.path.realpath(args.out), None, None  # a link stays a link
+    picture, unfinished, lock = files_of(out, args.data)
+    with locked(lock, remove=args.resume) if not rank() else nullcontext():
+        if args.resume and not rank():
+            state, args = resumed(parser, argv, unfinished)
+            files_of(out, args.data)
+            refuse_device(args.device)
+        elif os.path.exists(unfinished) and not args.resume:
+            raise ValueError(f"{unfinished} is of an unfinished training: add --resume to go on, or delete it")
+        elif args.init_from is not None:
+            trained = load(args.init_from)
+            sizes = {name: trained[0].config[name] for name in ("block_size", "n_embd", "n_hidden")}
+            args = settled(parser, argv, sizes, args.init_from)
+        if any(theirs != argv for theirs in from_all(argv)):
+            raise ValueError("the processes have different flags: start all with the same")
+        state, args = from_all((state, args))[0]
+        try:
+            run(args, state, trained, out, picture, unfinished)
+        except KeyboardInterrupt:
+            if os.path.exists(unfinished):
+                remark(f"stopped; to go on: python train.py --out {shlex.quote(out)} --resume")
+            raise
+
+
+def refuse_device(device):
+    if device != "cpu" and not getattr(torch, device).is_available():
+        raise ValueError(f"this machine has no device {device!r}: leave out --device")
 
 
 def run(args, state, trained, out, picture, unfinished):
     """The whole training: from the list of names to the network, its picture and a few names."""
     torch.set_num_threads(args.threads)
-    if args.device != "cpu" and not getattr(torch, args.device).is_available():
-        raise ValueError(f"this machine has no device {args.device!r}: leave out --device")
     names = read_names(args.data, progress=remark)
     names_digest = digest(names)
+    if any(theirs != names_digest for theirs in from_all(names_digest)):
+        raise ValueError(f"the processes see different names in {args.data}: give all the same")
+    if grouped() and args.batch_size < distributed.get_world_size():
+        raise ValueError(f"--batch-size {args.batch_size} is less than the number of processes")
     if state and names_digest != state["names"]:
         raise ValueError(f"the names in {args.data} are not those of the unfinished training: give its list with --data")
     vocab, parts = Vocabulary(names), dict(zip(("train", "test", "val"), split(names)))
@@ -421,6 +525,9 @@ def run(args, state, trained, out, picture, unfinished):
     if trained:
         transfer(net, vocab, *trained[:2])
     net.to(args.device)
+    if grouped():
+        for tensor in net.state_dict().values():
+            distributed.broadcast(tensor, 0)
     if state:
         try:
             check_state(state, net, args.steps)
@@ -437,6 +544,10 @@ def run(args, state, trained, out, picture, unfinished):
     try:
         with on_signals(caught.append):
             best, curves = train(net, views["train"], views["val"][:VALIDATED], args, state, keep, lambda: caught)
+        if rank():
+            return
+        if grouped():
+            distributed.destroy_process_group()  # from here on this process works alone
         if caught:
             interrupt(caught[0])
         net = finished(sizes, best, views["train"], views["val"][:VALIDATED])

@@ -100,7 +100,7 @@ def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_si
 
     def ours():
         for batch in train.draw(window, len(vocab), 0, args):
-            train.sgd_step(net, parameters, *batch, 0.01)
+            train.sgd_step(net, parameters, *batch, batch_size, 0.01)
         return 100
 
     contexts, targets = contexts_and_targets(window)

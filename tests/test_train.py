@@ -88,7 +88,7 @@ def test_cross_entropy(B, V, seed):
     logits, targets = torch.randn(B, V).double().requires_grad_(), torch.randint(V, (B,))
     expected = F.cross_entropy(logits, targets)
     expected.backward()
-    loss, grad = train.cross_entropy(logits.detach(), targets)
+    loss, grad = train.cross_entropy(logits.detach(), targets, B)
     assert loss == pytest.approx(expected.item())
     torch.testing.assert_close(grad, logits.grad)
 
@@ -192,7 +192,7 @@ def test_200_steps_are_those_of_torch():
         loss.backward()
         optimizer.step()
         (tree,) = share(contexts[None], len(vocab))
-        assert train.sgd_step(ours, parameters, tree, targets, 0.1) == pytest.approx(loss.item(), abs=1e-3)
+        assert train.sgd_step(ours, parameters, tree, targets, 32, 0.1) == pytest.approx(loss.item(), abs=1e-3)
 
 
 def weights_of_every_step(monkeypatch):

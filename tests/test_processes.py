@@ -1,0 +1,167 @@
+"""Several processes do what one does: every loss, the weights, and what happens when one of them ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, forked
+
+import train
+from model import load, read_names, read_tensors
+
+SMALL = "--batch-size 24 --block-size 8 --n-embd 6 --n-hidden 20 --steps 200 --checkpoint-every 70 --dropout 0.2".split()
+
+
+def in_processes(n, *args, before=lambda rank: None):
+    """train.main in n forks, with the environment that torchrun gives -> the finished processes, by rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    results = [None] * n
+    readers = []
+    for rank in range(n):
+        read, write = os.pipe()
+        if os.fork() == 0:
+            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_ADDR="localhost", MASTER_PORT=port, TORCHELASTIC_RUN_ID=1)
+            os.environ.update({key: str(value) for key, value in env.items()})
+            process = forked(train.main, *args, before=lambda: before(rank))
+            with open(write, "w") as file:
+                file.write(repr((process.returncode, process.stdout, process.stderr)))
+            os._exit(0)
+        os.close(write)
+        readers.append(read)
+    for rank, read in enumerate(readers):
+        with open(read) as file:
+            returncode, stdout, stderr = eval(file.read())
+        results[rank] = SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr)
+    for _ in range(n):
+        os.wait()
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "names.txt").write_text("\n".join(read_names(ROOT / "names.txt")[:300]))
+    return folder
+
+
+def losses_of(path):
+    """A `before` that notes the loss of every step in the file."""
+
+    def before(rank):
+        original = train.sgd_step
+
+        def noting(*args):
+            loss = original(*args)
+            if rank == 0:
+                with open(path, "a") as file:
+                    print(loss, file=file)
+            return loss
+
+        train.sgd_step = noting
+
+    return before
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """One process: its losses and its network."""
+    args = "--data", folder / "names.txt", "--out", folder / "alone.pth", *SMALL
+    process = forked(train.main, *args, before=lambda: losses_of(folder / "alone.txt")(0))
+    assert process.returncode == 0, process.stderr
+    return list(map(float, (folder / "alone.txt").read_text().split())), load(folder / "alone.pth")
+
+
+def close(net, other):
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_several_processes_do_what_one_does(folder, alone, n):
+    args = "--data", folder / "names.txt", "--out", folder / f"{n}.pth", *SMALL
+    first, *others = in_processes(n, *args, before=losses_of(folder / f"{n}.txt"))
+    assert first.returncode == 0, first.stderr
+    assert all((other.returncode, other.stdout, other.stderr) == (0, "", "") for other in others)
+    losses, (net, vocab, made) = alone
+    torch.testing.assert_close(list(map(float, (folder / f"{n}.txt").read_text().split())), losses, rtol=0, atol=1e-3)
+    again = load(folder / f"{n}.pth")
+    close(again[0], net)
+    assert again[2]["losses"] == pytest.approx(made["losses"], abs=2e-3)
+    assert {name for name in os.listdir(folder) if name.startswith(f"{n}.")} == {f"{n}.png", f"{n}.pth", f"{n}.txt"}
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_a_state_goes_on_with_another_number_of_processes(folder, alone, before, after):
+    def stop(rank):
+        calls, original = iter(range(100)), train.sgd_step
+
+        def stopping(*args):
+            if next(calls) == 99 and rank == before - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args)
+
+        train.sgd_step = stopping
+
+    def start(n, *args, **kwargs):
+        return in_processes(n, *args, **kwargs) if n > 1 else [forked(train.main, *args, before=lambda: kwargs.get("before", id)(0))]
+
+    out = folder / f"from{before}to{after}.pth"
+    first, *_ = start(before, "--data", folder / "names.txt", "--out", out, *SMALL, before=stop)
+    assert first.returncode == 128 + signal.SIGTERM and "--resume" in first.stderr
+    assert read_tensors(f"{out}.unfinished", {}, "")["step"] == 100
+    first, *_ = start(after, "--out", out, "--resume")
+    assert first.returncode == 0, first.stderr
+    close(load(out)[0], alone[1][0])
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_is_killed_the_others_say_so_and_can_go_on(folder, killed):
+    def kill(rank):
+        calls, original = iter(range(1, 1000)), train.sgd_step
+
+        def dying(*args):
+            if next(calls) == 100 and rank == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        train.sgd_step = dying
+
+    out = folder / f"killed{killed}.pth"
+    processes = in_processes(3, "--data", folder / "names.txt", "--out", out, *SMALL, before=kill)
+    assert processes.pop(killed).returncode == -signal.SIGKILL
+    for process in processes:
+        assert process.returncode == 2 and "another process of this training has ended" in process.stderr, process.stderr
+        assert "Traceback" not in process.stderr
+    assert read_tensors(f"{out}.unfinished", {}, "")["step"] == (99 if killed else 70)
+    assert forked(train.main, "--out", out, "--resume").returncode == 0
+
+
+def test_processes_that_see_different_things_are_refused(folder):
+    def other_list(rank):
+        if rank:
+            train.read_names = lambda path, progress: read_names(path)[1:]
+
+    args = ["--data", folder / "names.txt", "--out", folder / "refused.pth", *SMALL]
+    first, _ = in_processes(2, *args, before=other_list)
+    assert (first.returncode, first.stdout) == (2, "") and "different names" in first.stderr
+    first, _ = in_processes(2, *args, "--batch-size", 2, before=lambda rank: None)
+    assert first.returncode == 0
+    first, *_ = in_processes(3, *args, "--batch-size", 2)
+    assert first.returncode == 2 and "--batch-size 2" in first.stderr.splitlines()[-1]
+
+
+def test_torchrun(folder):
+    out = folder / "torchrun.pth"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    args = ["--data", str(folder / "names.txt"), "--out", str(out), *SMALL]
+    process = subprocess.run(command + args, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("nats a character") == 1 and process.stderr.count("rows") == 1
+    load(out)
