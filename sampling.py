@@ -8,9 +8,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import math
 import os
+import re
 import sys
+import time
 from contextlib import contextmanager, suppress
-from itertools import islice, takewhile
+from functools import partial
+from itertools import islice
 from unicodedata import normalize
 
 import torch
@@ -18,15 +21,21 @@ import torch
 from layers import BatchNorm1d, Linear
 from model import canonical, digest, load, out_of_memory, read_names
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-NAMES, MODEL = (os.path.join(HERE, name) for name in ("names.txt", "model_state.pth"))
+HERE = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
+NAMES, MODEL = (os.path.normpath(os.path.join(HERE, name)) for name in ("names.txt", "model_state.pth"))
 MAX_SEED = 2**32 - 1
 TINY = 1e-6  # the smallest positive number that a flag takes
 BATCH = 8192  # names drawn at once
+LONGEST = 1000  # characters of a name; a network that never ends one would be asked for ever
+PATIENCE = 10**6  # draws in a row that bring nothing, after which no more are made
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line on stderr and exit status 2 for any error."""
+    """argparse, with a line for each flag, and one line on stderr and exit status 2 for any error."""
+
+    def __init__(self, description):
+        wide = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=28, width=120)
+        super().__init__(description=description, formatter_class=wide)
 
     def error(self, message):
         remark(f"{self.prog}: error: {message}")
@@ -112,123 +121,207 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def fold(net):
-    """The network for sampling: (embedding (V, C), [(left, right, bias) a level], (weight, bias)).
-
-    In eval mode BatchNorm1d is a scale and a shift, so it folds into the Linear before it. That Linear's
-    matrix is cut in two: what it does to the left one of a pair, and what to the right one.
-    """
-    embedding, *layers, head = net
-    levels = []
-    for layer in layers:
-        if isinstance(layer, Linear):
-            weight = layer.weight
-        elif isinstance(layer, BatchNorm1d):
-            scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
-            left, right = (weight * scale.unsqueeze(1)).T.chunk(2)
-            levels.append((left.contiguous(), right.contiguous(), layer.bias - layer.running_mean * scale))
-    return embedding.weight, levels, (head.weight.T, head.bias)
+def tanh_(x):
+    """tanh in place, as 2 sigmoid(2x) - 1: torch's sigmoid takes a tenth of its tanh's time."""
+    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 
 class Prefixes:
-    """The distinct beginnings of the names being drawn, and the logits (N, V) of what follows each.
+    """n texts that grow a character at a time, and the logits of what follows each.
 
-    A level's output at a character depends on two outputs of the level below: at that character and
-    2^level characters before. So each character costs one row a level, when the rows of the last
-    2^level characters are kept: Fast WaveNet, arXiv:1611.09482. Here a row is kept for each distinct
-    beginning, with `ancestor` telling the older rows which of them is whose.
+    A level's output at a character depends on two outputs of the level below: at that character
+    and 2^level characters before. So a character costs one row a level, when the rows of the last
+    2^level characters are kept: Fast WaveNet, arXiv:1611.09482. And texts whose last characters
+    are the same share their rows, so that each distinct row is computed once.
+
+    `alive` (N,) are the numbers of the texts that have not come to the end token. What follows text alive[i]
+    has row ids[i] of the logits (R, V).
     """
 
-    def __init__(self, net):
-        embedding, self.levels, self.head = fold(net)
-        self.embedding = embedding
-        self.padding = [embedding[:1]]  # a level's output where only padding is seen
-        for left, right, bias in self.levels:
-            x = self.padding[-1]
-            self.padding.append(torch.tanh(x @ left + x @ right + bias))
-        self.past = []  # of the last characters, newest first: (ancestor (N,), the rows of each level)
-        self.logits = self.padding[-1] @ self.head[0] + self.head[1]
+    def __init__(self, net, n):
+        self.embedding, *layers, self.head = net
+        self.alive = torch.arange(n)
+        # In eval mode BatchNorm1d is a scale and a shift, so it folds into the Linear before it.
+        # That Linear's matrix is cut in two: what it does to the older one of a pair, and to the
+        # newer one.
+        self.levels = []
+        x, ids = self.embedding.weight[:1], torch.zeros(n, dtype=torch.int64)  # only padding so far
+        for layer in layers:
+            if isinstance(layer, Linear):
+                weight = layer.weight
+            elif isinstance(layer, BatchNorm1d):
+                scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
+                left, right = (weight * scale.unsqueeze(1)).T.chunk(2)
+                bias = layer.bias - layer.running_mean * scale
+                past = [(ids, x)] * 2 ** len(self.levels)  # the level's inputs, oldest first
+                self.levels.append((left, right, bias, past))
+                x = tanh_(x @ (left + right) + bias)
+        self.ids, self.logits = ids, self.head(x)
 
-    def extend(self, parent, codes):
-        """Go on from beginning parent[i] with character codes[i]; both (N,) int64."""
-        self.past = [(ancestor[parent], rows) for ancestor, rows in self.past]
-        x, rows = self.embedding[codes], []
-        for level, (left, right, bias) in enumerate(self.levels):
-            rows.append(x)
-            distance = 2**level
-            if distance <= len(self.past):
-                ancestor, older = self.past[distance - 1]
-                before = older[level][ancestor] @ left
-                older[level] = None  # this was its last use
-            else:
-                before = self.padding[level] @ left
-            x = torch.tanh(before + x @ right + bias)
-        self.past.insert(0, (torch.arange(len(codes)), rows))
-        del self.past[2 ** (len(self.levels) - 1) :]
-        self.logits = x @ self.head[0] + self.head[1]
+    def extend(self, codes):
+        """Add character codes[i] to text alive[i]; the end token, 0, ends it."""
+        living = codes.nonzero().squeeze(1)
+        self.alive = self.alive[living]
+        codes, ids = torch.unique(codes[living], return_inverse=True)
+        x = self.embedding.weight[codes]
+        for left, right, bias, past in self.levels:
+            past[:] = [(older_ids[living], older) for older_ids, older in past]
+            past.append((ids, x))
+            older_ids, older = past.pop(0)
+            if len(older) == 1:  # all texts have the same there, such as padding
+                x = tanh_(torch.addmm(older @ left + bias, x, right))
+                continue
+            pairs, ids = torch.unique(older_ids * len(x) + ids, return_inverse=True)
+            used, which = torch.unique_consecutive(pairs // len(x), return_inverse=True)
+            y = (x @ right).index_select(0, pairs % len(x))
+            y += torch.addmm(bias, older[used], left).index_select(0, which)
+            x = tanh_(y)
+        self.ids, self.logits = ids, self.head(x)
 
 
 @torch.no_grad()
-def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=50):
-    """n names, str, that begin with `start`: each character drawn from softmax(logits / temperature).
+def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=LONGEST):
+    """Draw n names that begin with `start`, and return a list of those not above max_length.
 
-    With top_k, only from the top_k likeliest. A name ends at the end token or when it is max_length characters long.
+    Each character is drawn from softmax(logits / temperature), with top_k only from the top_k
+    likeliest. A name ends at the end token and is never cut: one that is longer than max_length is left out.
     Raises ValueError when `start` holds the end token or a character that the model does not know.
     """
     if vocab.end in start:
         raise ValueError(f"a name cannot hold {vocab.end!r}, which marks its end")
-    prefixes = Prefixes(net)
-    for code in vocab.encode(start):
-        prefixes.extend(torch.tensor([0]), torch.tensor([code]))
-    which = torch.zeros(n, dtype=torch.int64)  # the beginning that a name has come to
-    alive = torch.arange(n)  # the names that have not ended
-    columns = []
-    for position in range(len(start), max_length):
+    prefixes = Prefixes(net, n)
+    columns = [torch.full((n,), code) for code in encode(vocab, start)]
+    for codes in columns:
+        prefixes.extend(codes)
+    while len(prefixes.alive) and len(columns) <= max_length:
         logits = prefixes.logits.double()
-        if position == 0:
+        if not columns:
             logits[:, 0] = -math.inf  # a name has at least one character
         if top_k is not None and top_k < len(vocab):
             logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
-        # With the highest logit at 0, no temperature makes the softmax overflow.
-        chances = ((logits - logits.max(1, keepdim=True).values) / temperature).softmax(1)
-        codes = torch.multinomial(chances[which], 1).squeeze(1)
-        columns.append(torch.zeros(n, dtype=torch.int64).index_copy_(0, alive, codes))
-        which, alive, codes = (x[codes != 0] for x in (which, alive, codes))
-        if not len(alive):
-            break
-        keys, which = torch.unique(which * len(vocab) + codes, return_inverse=True)
-        prefixes.extend(keys // len(vocab), keys % len(vocab))
-    text = torch.stack(columns, 1).tolist() if columns else [()] * n
-    return [start + vocab.decode(takewhile(bool, codes)) for codes in text]
+        # With the highest logit at 0, no temperature makes exp overflow.
+        weights = ((logits - logits.amax(1, keepdim=True)) / temperature).exp()
+        if weights.isnan().any():
+            raise ValueError("the network's weights are too large or no numbers: train it anew")
+        # A point between 0 and the sum of a row's weights falls to each character in proportion to
+        # its weight: to the first at which the sum so far is above the point. There is one, as
+        # rand() < 1, and it has some weight, as with none the sum would not have grown.
+        sums = weights.cumsum(1)[prefixes.ids]
+        points = torch.rand(len(sums), 1, dtype=torch.float64) * sums[:, -1:]
+        codes = torch.searchsorted(sums, points, right=True).squeeze(1)
+        columns.append(torch.zeros(n, dtype=torch.int64).index_copy_(0, prefixes.alive, codes))
+        prefixes.extend(codes)
+    table = torch.stack(columns, 1)
+    table[prefixes.alive] = 0
+    return [name for name in vocab.decode(table.flatten().tolist()).split(vocab.end) if name]
 
 
-def new_names(draw, known):
-    """Names from draw(), a function that returns a list of them, that are not `known`, each once, canonical().
+def encode(vocab, start):
+    """vocab.encode(start), with an error that says when small letters, or capitals, would do."""
+    try:
+        return vocab.encode(start)
+    except ValueError as error:
+        for other in start.lower(), start.upper():
+            if set(other) <= set(vocab.chars):
+                raise ValueError(f"{error}: did you mean {other!r}?") from None
+        raise
 
-    It ends after a hundred draws in a row that bring nothing new.
+
+def condition(min_length=0, match="", known=None):
+    """-> a function of a name: has it min_length characters, and is the expression found in it?
+
+    With `known`, also: is it neither in there nor was it accepted before?
     """
-    seen, dry = {"", *known}, 0
-    while dry < 100:
-        dry += 1
-        for name in map(canonical, draw()):
-            if name not in seen:
-                seen.add(name)
-                dry = 0
-                yield name
+    try:
+        pattern = re.compile(match)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"--match {match!r} is not a regular expression: {error}") from None
+    seen = set(known or ())
+
+    def wanted(name):
+        if len(name) < min_length or not pattern.search(name) or name in seen:
+            return False
+        if known is not None:
+            seen.add(name)
+        return True
+
+    return wanted
+
+
+def draw(sample, n, wanted, batch=BATCH):
+    """Yield n names that are wanted(name), of those that sample(size) draws, size <= batch.
+
+    After PATIENCE draws in a row of which none was wanted it ends, and says so on stderr. On a
+    terminal the count so far is shown there after 2, 4, 8, ... seconds.
+    """
+    begin, pause = time.monotonic(), 2
+    drawn = found = last = 0  # last: how many were drawn up to the last find
+    while found < n and drawn - last < PATIENCE:
+        # As many as should be needed, going by the share of those drawn that were wanted.
+        size = min(batch, (n - found) * (drawn + 1) // (found + 1))
+        names = list(islice(filter(wanted, map(canonical, sample(size))), n - found))
+        drawn += size
+        found += len(names)
+        last = drawn if names else last
+        yield from names
+        if time.monotonic() - begin > pause and sys.stderr.isatty():
+            remark(f"{found:,} of {n:,} names found among {drawn:,} drawn")
+            pause *= 2
+    if found < n:
+        remark(f"only {found:,} of {n:,} names found among {drawn:,} drawn")
+
+
+@torch.no_grad()
+def score(net, vocab, names):
+    """For each name of a list, the mean loss in nats a character, the end token included.
+
+    It is infinite for a name with a character that the model does not know.
+    """
+    losses = torch.full((len(names),), math.inf, dtype=torch.float64)
+    chars = set(vocab.chars[1:])
+    known = [i for i, name in enumerate(names) if chars.issuperset(name)]
+    lengths = torch.tensor([len(names[i]) + 1 for i in known], dtype=torch.int64)
+    starts = lengths.cumsum(0) - lengths
+    text = "".join(names[i] + vocab.end for i in known)
+    codes = torch.tensor(vocab.encode(text), dtype=torch.int64)
+    prefixes = Prefixes(net, len(known))
+    sums, position = torch.zeros(len(known), dtype=torch.float64), 0
+    while len(prefixes.alive):
+        drawn = codes[starts[prefixes.alive] + position]
+        log_probs = prefixes.logits.double().log_softmax(1)
+        sums[prefixes.alive] -= log_probs[prefixes.ids, drawn]
+        prefixes.extend(drawn)
+        position += 1
+    losses[known] = sums / lengths
+    return losses.tolist()
+
+
+def flags():
+    """The parser of the command line."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group("which names").add_argument
+    count = number(int, 1, 10**9)
+    add("-n", "--num-samples", type=count, metavar="N", default=20, help="how many names")
+    add("--start", metavar="TEXT", default="", help="names that begin with this text")
+    add("--min-length", type=count, metavar="N", default=1, help="of at least so many characters")
+    add("--max-length", type=number(int, 1, LONGEST), metavar="N", default=LONGEST, help="of at most so many")
+    add("--match", metavar="REGEX", default="", help="in which this regular expression is found")
+    add("--new", action="store_true", help="that are not in the list it was trained on, each once")
+    add("--data", metavar="LIST", help="that list; None: names.txt, if it was trained on that")
+    add = parser.add_argument_group("how they are drawn").add_argument
+    temperature = number(float, TINY, 1 / TINY)
+    add("--model", metavar="FILE", default=MODEL, help="the network, as train.py wrote it")
+    add("--temperature", type=temperature, metavar="T", default=1.0, help="below 1 more usual names, above stranger ones")
+    add("--top-k", type=count, metavar="K", help="only from the K likeliest characters; None: from all")
+    add("--seed", type=number(int, 0, MAX_SEED), metavar="N", help="the same names at every run; None: others")
+    add("--threads", type=number(int, 1, 1024), metavar="N", default=1, help="processor cores to use")
+    add = parser.add_argument_group("instead of drawing").add_argument
+    add("--score", metavar="FILE", help="the loss of each name of this file, or of standard input for -")
+    return parser
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__)
-    parser.add_argument("-n", "--num-samples", type=number(int, 1, 10**9), default=20, help="how many names (20)")
-    parser.add_argument("--model", default=MODEL, help="what train.py wrote (model_state.pth)")
-    parser.add_argument("--start", default="", metavar="TEXT", help="only names that begin so")
-    parser.add_argument("--temperature", type=number(float, TINY, 1 / TINY), default=1.0, help="below 1 more usual names, above 1 stranger ones (1)")
-    parser.add_argument("--top-k", type=number(int, 1, 10**9), metavar="K", help="draw each character from the K likeliest only")
-    parser.add_argument("--seed", type=number(int, 0, MAX_SEED), help="the same names at every run (none: new ones)")
-    parser.add_argument("--max-length", type=number(int, 1, 10**6), default=50, help="cut names at so many characters (50)")
-    parser.add_argument("--new", action="store_true", help="only names that are not in the list it was trained on, each once")
-    parser.add_argument("--data", metavar="LIST", help="that list (names.txt, if it was trained on that)")
-    parser.add_argument("--threads", type=number(int, 1, 1024), default=1, help="processor cores to use (1)")
+    parser = flags()
     with parser.one_line_errors():
         run(parser.parse_args(argv))
 
@@ -243,27 +336,48 @@ def run(args):
     start = normalize("NFC", args.start)
     if len(start) > args.max_length:
         raise ValueError(f"--start {start!r} is longer than --max-length {args.max_length}")
+    if args.min_length > args.max_length:
+        raise ValueError(f"--min-length {args.min_length} is above --max-length {args.max_length}")
     net, vocab, made = load(args.model)
     batch = max(1, min(BATCH, 2**22 // len(vocab)))
-
-    def draw(n):
-        return generate(net, vocab, min(n, batch), start, args.temperature, args.top_k, args.max_length)
-
-    left = args.num_samples
+    if args.score is not None:
+        print_scores(net, vocab, args.score, batch)
+        return
+    known = None
     if args.new:
         known = read_names(NAMES if args.data is None else args.data)
         if args.data is None and digest(known) != made.get("names"):
             raise ValueError(f"{args.model} was not trained on names.txt: give --new its list with --data LIST")
-        names = new_names(lambda: draw(max(left, 100)), known)
-        for name in islice(names, left):
-            print(name)
-            left -= 1
-        if left:
-            remark(f"only {args.num_samples - left} new names found")
-    while not args.new and left > 0:
-        names = draw(left)
-        print("\n".join(names))
-        left -= len(names)
+    wanted = condition(args.min_length, args.match, known)
+
+    def sample(size):
+        names = generate(net, vocab, size, start, args.temperature, args.top_k, args.max_length)
+        if not names and args.max_length == LONGEST:
+            raise ValueError(f"{args.model}: none of {size:,} names ended within {LONGEST:,} characters")
+        return names
+
+    for name in draw(sample, args.num_samples, wanted, batch):
+        print(name)
+
+
+def print_scores(net, vocab, path, batch):
+    """For each name of the file at path, "-" for standard input: its score, a tab, and the name."""
+    unknown, names = 0, lines(path)
+    while part := list(islice(names, batch)):
+        losses = score(net, vocab, part)
+        print("\n".join(f"{loss:.4f}\t{name}" for loss, name in zip(losses, part)))
+        unknown += losses.count(math.inf)
+    if unknown:
+        remark(f"names with characters that the network does not know: {unknown:,}")
+
+
+def lines(path):
+    """Yield the lines of a UTF-8 text file, without the blanks around them; no blank ones."""
+    try:
+        with open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace") as file:
+            yield from filter(None, map(canonical, file))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def towards(average, weights, n):
 
 
 @torch.no_grad()
-def train(net, train_windows, val_windows, args, state=None, keep=lambda state: None, stopped=tuple):
+def train(net, train_windows, val_windows, args, state=None, keep=lambda state: None, stopped=tuple, sample=lambda net: ""):
     """Plain SGD -> (best, curves): the averaged weights of the least validation loss, and the losses for the picture.
 
     Every args.checkpoint_every steps, after the last, and when stopped() holds a signal, keep(state) is given
@@ -228,7 +228,8 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
         return state
 
     net.train()
-    with tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, disable=None) as bar:
+    name = ""
+    with tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None) as bar:
         for step in range(start, args.steps):
             if step % chunk == 0 or step == start:
                 batches = draw(train_windows, len(net[0].weight), step - step % chunk, args)
@@ -257,6 +258,7 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
                 mean = average.module
                 recompute_statistics(mean, train_windows, batches=1)
             if validate and not rank():
+                name = sample(mean)  # the seeds of the steps keep its random numbers away from the training
                 loss, scale = best_scale(mean, val_windows, SCALES)
                 curves["val"].append((done, loss))
                 if not best or loss < best["loss"]:
@@ -269,9 +271,9 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
             bar.update()
             if (validate or done % every == 0) and not rank():
                 losses = ", ".join(f"{part} {curve[-1][1]:.3f}" for part, curve in curves.items() if curve)
-                bar.set_postfix_str(losses, refresh=False)
+                bar.set_postfix_str(f"{losses} {name}", refresh=False)
                 if bar.disable and validate:
-                    remark(f"step {done:,} of {args.steps:,}: {losses}")
+                    remark(f"step {done:,} of {args.steps:,}: {losses}, {name}")
     return best, curves
 
 
@@ -340,21 +342,25 @@ def plot(path, curves, losses):
 def flags():
     """The parser of the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--data", default=NAMES, help="a text file, one name a line (names.txt)")
-    parser.add_argument("--out", default=MODEL, help="where the network goes (model_state.pth)")
-    parser.add_argument("--steps", type=number(int, 1, 10**12), help="SGD steps (as many as suit the list, at most 200000)")
-    parser.add_argument("--init-from", metavar="MODEL", help="begin with this network, of another list or this one")
-    parser.add_argument("--batch-size", type=number(int, 2, 10**6), default=96, help="windows a step (96)")
-    parser.add_argument("--block-size", type=number(int, 2, LARGEST_BLOCK), default=16, help="characters seen, a power of two (16)")
-    parser.add_argument("--n-embd", type=number(int, 1, 10**5), default=24, help="size of a character's vector (24)")
-    parser.add_argument("--n-hidden", type=number(int, 1, 10**5), default=280, help="size of each level (280)")
-    parser.add_argument("--lr", type=number(float, TINY, 1 / TINY), default=0.1, help="learning rate; a tenth of it in the second half (0.1)")
-    parser.add_argument("--dropout", type=number(float, 0, 0.99), help="share of each level's channels left out (what suits the list)")
-    parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=1, help="the same weights at every run (1)")
-    parser.add_argument("--threads", type=number(int, 1, 1024), default=1, help="processor cores to use (1)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train (cpu)")
-    parser.add_argument("--checkpoint-every", type=number(int, 1, 10**12), default=3000, help="steps between saves (3000)")
-    parser.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
+    steps, size = number(int, 1, 10**12), number(int, 1, 10**5)
+    add = parser.add_argument_group("files").add_argument
+    add("--data", metavar="LIST", default=NAMES, help="a text file, one name a line")
+    add("--out", metavar="FILE", default=MODEL, help="where the network goes, with its picture beside it")
+    add("--init-from", metavar="FILE", help="a network to begin with, of another list or this one; None: a new one")
+    add("--resume", action="store_true", help="go on with a training that was interrupted")
+    add("--checkpoint-every", type=steps, metavar="N", default=3000, help="steps from which on it could go on")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=steps, metavar="N", help="SGD steps; None: as many as the list can use, 200000 at most")
+    add("--dropout", type=number(float, 0, 0.99), metavar="P", help="channels left out; None: what suits the list")
+    add("--lr", type=number(float, TINY, 1 / TINY), default=0.1, help="learning rate; a tenth of it in the second half")
+    add("--batch-size", type=number(int, 2, 10**6), metavar="N", default=96, help="windows a step")
+    add("--seed", type=number(int, 0, MAX_SEED), metavar="N", default=1, help="the same weights at every run")
+    add("--threads", type=number(int, 1, 1024), metavar="N", default=1, help="processor cores to use")
+    add("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train")
+    add = parser.add_argument_group("network").add_argument
+    add("--block-size", type=number(int, 2, LARGEST_BLOCK), metavar="N", default=16, help="characters seen, a power of two")
+    add("--n-embd", type=size, metavar="N", default=24, help="size of a character's vector")
+    add("--n-hidden", type=size, metavar="N", default=280, help="channels of each level")
     return parser
 
 
@@ -540,10 +546,13 @@ def run(args, state, trained, out, picture, unfinished):
     def keep(state):
         write_tensors(unfinished, state | {"names": names_digest, "flags": remembered})
 
+    def one_name(net):
+        return " ".join(generate(net, vocab, 1, max_length=30))
+
     caught = []
     try:
         with on_signals(caught.append):
-            best, curves = train(net, views["train"], views["val"][:VALIDATED], args, state, keep, lambda: caught)
+            best, curves = train(net, views["train"], views["val"][:VALIDATED], args, state, keep, lambda: caught, one_name)
         if rank():
             return
         if grouped():
