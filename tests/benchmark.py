@@ -1,9 +1,8 @@
 """Times the project against plain code that does the same, in turn, and prints the ratios.
 
-    python tests/benchmark.py          about eight minutes; close other programs first
+    python tests/benchmark.py          about fifteen minutes; close other programs first
 """
 
-import os
 import statistics
 import subprocess
 import sys
@@ -85,24 +84,32 @@ def in_turn(ours, plain):
     return ratios[1:]
 
 
-def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_size=32, steps=100):
-    torch.set_num_threads(threads)
+def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
+    """A function that takes train.py's first `steps` steps of SGD, and the training windows of names.txt."""
     names = read_names(ROOT / "names.txt")
     vocab = Vocabulary(names)
     window = windows(train.split(names)[0], vocab, block_size)
     torch.manual_seed(1)
-    args = train.flags().parse_args(["--batch-size", str(batch_size), "--dropout", str(dropout)])
+    flags = "--batch-size", batch_size, "--dropout", dropout, "--block-size", block_size
+    args = train.flags().parse_args(list(map(str, flags)))
     net = WaveNet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
     for layer in net:
         if isinstance(layer, BatchNorm1d):
             layer.track_running_stats = False  # as in train()
     parameters = list(net.parameters())
 
-    def ours():
-        for batch in train.draw(window, len(vocab), 0, args):
-            train.sgd_step(net, parameters, *batch, batch_size, 0.01)
-        return 100
+    def ours(steps):
+        for first in range(0, steps, train.chunk_size(args)):
+            for batch in train.draw(window, len(vocab), first, args)[: steps - first]:
+                train.sgd_step(net, parameters, *batch, batch_size, 0.01)
+        return steps
 
+    return ours, window, vocab
+
+
+def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_size=32, steps=100):
+    torch.set_num_threads(threads)
+    ours, window, vocab = ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size)
     contexts, targets = contexts_and_targets(window)
     plain_net = PlainNet(len(vocab), block_size, n_embd, n_hidden)
 
@@ -118,13 +125,12 @@ def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_si
             loss.item()
         return steps
 
-    return in_turn(ours, plain)
+    return in_turn(lambda: ours(steps), plain)
 
 
 def sampling(n=20_000):
-    torch.set_num_threads(os.cpu_count())
-    net, vocab, made = load(ROOT / "model_state.pth")
-    block_size = made["block_size"]
+    torch.set_num_threads(1)
+    net, vocab, _ = load(ROOT / "model_state.pth")
 
     def ours():
         for drawn in range(0, n, BATCH):
@@ -134,10 +140,33 @@ def sampling(n=20_000):
     @torch.no_grad()
     def plain():
         for _ in range(200):
-            plain_name(net, vocab, block_size)
+            plain_name(net, vocab, net.config["block_size"])
         return 200
 
     return in_turn(ours, plain)
+
+
+def worker(steps=20):
+    """One of several processes, or the only one: prints the seconds that some steps of a large network take."""
+    torch.set_num_threads(1)
+    with train.process_group("cpu"):
+        ours, *_ = ours_and_names(16, 24, 1024, 0.0, 1024)
+        ours(2)
+        start = time.perf_counter()
+        ours(steps)
+        print(time.perf_counter() - start)
+
+
+def two_processes(rounds=5):
+    """How many times as fast two processes of one thread are as one."""
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for launcher in [], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]:
+            command = [sys.executable, *launcher, str(ROOT / "tests/benchmark.py"), "--worker"]
+            seconds.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        ratios.append(seconds[0] / seconds[1])
+    return ratios
 
 
 def process(*command):
@@ -178,12 +207,13 @@ def row(what, against, values, unit):
 
 def main():
     print("| what | against | median | spread |\n| --- | --- | --- | --- |")
-    for threads, dropout in (1, 0.0), (2, 0.0), (1, 0.15):
-        how = f", {threads} thread{'s' * (threads > 1)}" + ", ours with dropout 0.15" * (dropout > 0)
-        for sizes in (16, 24, 280), (8, 24, 128):
-            what = "training step, block {}, E {}, H {}, batch 32".format(*sizes) + how
-            row(what, "plain code", training_step(*sizes, threads, dropout), "x")
-    row("20,000 names, start-up taken off", "one at a time", sampling(), "x")
+    for sizes, batch_size in ((16, 24, 280), 32), ((8, 24, 128), 32), ((16, 24, 280), 96):
+        for threads, dropout in (1, 0.0), (2, 0.0), (1, 0.15):
+            what = "training step, block {}, E {}, H {}, batch {}, {} thread{}".format(*sizes, batch_size, threads, "s" * (threads > 1))
+            what += ", ours with dropout 0.15" * (dropout > 0)
+            row(what, "plain code", training_step(*sizes, threads, dropout, batch_size), "x")
+    row("training step, block 16, E 24, H 1024, batch 1024, two processes", "one", two_processes(), "x")
+    row("20,000 names, 1 thread, start-up taken off", "one at a time", sampling(), "x")
     row("time of `python sampling.py`", '`python -c "import torch"`', start_up(), "x")
     with tempfile.TemporaryDirectory() as folder:
         row("peak memory of training", "above `import torch`", training_memory(folder, ROOT / "names.txt"), " MB")
@@ -194,4 +224,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    worker() if "--worker" in sys.argv else main()

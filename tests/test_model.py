@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import model
 from layers import backward_shared, forward_shared, share
 from model import END, Vocabulary, WaveNet, contexts_and_targets, load, read_names, save, transfer, windows, write_tensors
 
@@ -252,6 +253,17 @@ def test_names_are_read_whatever_the_line_ends(tmp_path):
         assert read_names(path) == ["ada", "bea"]
     path.write_text("jean luc\nz\u0307o\u0301łc\u0301\n名\n", encoding="utf-8")
     assert read_names(path) == ["jean luc", "żółć", "名"]
+
+
+def test_a_long_list_is_read_in_parts(tmp_path, monkeypatch):
+    """Wherever the parts end, also within a line; and how far it has come is told."""
+    lines = ["jean luc", "żółć", "", "名" * 7, "ada"] * 40
+    (tmp_path / "list.txt").write_text("\n".join(lines), encoding="utf-8")
+    for size in 10, 64, 10**6:
+        monkeypatch.setattr(model, "PART", size)
+        told = []
+        assert read_names(tmp_path / "list.txt", told.append) == [line for line in lines if line]
+        assert bool(told) == (size < 10**6)
 
 
 def test_the_readmes_example(monkeypatch, capsys):

@@ -165,6 +165,41 @@ def test_the_same_seed_gives_the_same_bits():
         assert torch.equal(tensor, two[0].state_dict()[name])
 
 
+def test_a_name_shown_on_the_way_changes_no_weight():
+    """However many random numbers it takes."""
+    vocab, nets = Vocabulary(NAMES), []
+    window = windows(NAMES, vocab, 4)
+    for sample in lambda net: "", lambda net: str(torch.rand(7)) + " ".join(generate(net, vocab, 3)):
+        torch.manual_seed(1)
+        net = WaveNet(len(vocab), 4, 8, 32, 0.2)
+        train.train(net, window, window, small(dropout=0.2), sample=sample)
+        nets.append(net)
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
+
+
+def test_of_a_large_list_the_first_rows_are_measured(tmp_path, monkeypatch):
+    """Of each split no more windows than the limits, always the same; the rest trains or is left out."""
+    names = read_names(ROOT / "names.txt")[:3000]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    monkeypatch.setattr(train, "MEASURED", 500)
+    monkeypatch.setattr(train, "VALIDATED", 200)
+    validated = []
+    monkeypatch.setattr(train, "best_scale", lambda net, window, scales: validated.append(len(window)) or (1.0, 1.0))
+    out = tmp_path / "own.pth"
+    sizes = "--steps 20 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
+    train.main(["--data", str(tmp_path / "list.txt"), "--out", str(out), *sizes])
+    assert set(validated) == {200}
+    net, vocab, made = load(out)
+    first, test, val = train.split(names)
+    for part, rows in ("train", first), ("test", test), ("val", val):
+        contexts, targets = contexts_and_targets(windows(rows, vocab, 4)[:500])
+        if part != "train":  # whole names
+            last = (targets == 0).nonzero()[-1].item() + 1
+            contexts, targets = contexts[:last], targets[:last]
+        with torch.no_grad():
+            assert made["losses"][part] == pytest.approx(F.cross_entropy(net(contexts), targets).item(), abs=1e-5)
+
+
 def test_a_short_list_is_learnt_by_heart():
     net, vocab, _ = trained(small(steps=2000, block_size=8))
     drawn = generate(net.eval(), vocab, 1000)
