@@ -23,7 +23,7 @@ def test_train_then_sample(tmp_path):
     assert len(names) == 10
     assert "own.pth" in written and "own.png" in written
     assert "30 rows, 7 characters" in process.stderr
-    assert "--dropout 0.4, which suits 96 training windows" in process.stderr and "--steps" not in process.stderr
+    assert "--dropout 0.3, which suits 96 training windows" in process.stderr and "--steps" not in process.stderr
     assert sorted(os.listdir(tmp_path)) == ["list.txt", "own.png", "own.pth"]
     assert (tmp_path / "own.png").read_bytes().startswith(b"\x89PNG")
     made = torch.load(tmp_path / "own.pth", weights_only=True)["made"]
