@@ -104,7 +104,7 @@ class Vocabulary:
         return "".join(self.chars[code] for code in codes)
 
 
-def windows(names, vocab, block_size):
+def windows(names, vocab, block_size, progress=lambda text: None):
     """Names -> (N, block_size + 1) codes: every character and end of a name, after what stands before it.
 
     All windows are one view over one array of a byte, or four, a character.
@@ -112,7 +112,9 @@ def windows(names, vocab, block_size):
     encoding, dtype = ("latin-1", torch.uint8) if len(vocab) <= 256 else ("utf-32-le", torch.int32)
     table = {ord(char): code for char, code in vocab.index.items()}
     codes, end = torch.zeros(block_size + sum(map(len, names)) + len(names), dtype=dtype), block_size
-    for part in batched(names):
+    for i, part in enumerate(batched(names)):
+        if i and i % 10 == 0:
+            progress(f"{i // 10:,} million names encoded")
         text = vocab.end.join([*part, ""]).translate(table)  # str.translate is a hundred times as fast as a loop
         codes[end : end + len(text)] = torch.frombuffer(bytearray(text.encode(encoding, "surrogatepass")), dtype=dtype)
         end += len(text)

@@ -518,7 +518,7 @@ def run(args, state, trained, out, picture, unfinished):
     known = set(parts["val"]).intersection(parts["train"])
     if unseen := [name for name in parts["val"] if name not in known]:
         parts["unseen"] = unseen
-    views = {part: windows(some, vocab, args.block_size) for part, some in parts.items()}
+    views = {part: windows(some, vocab, args.block_size, progress=remark) for part, some in parts.items()}
     rows = len(names)
     del names, parts  # much memory, for a large list
     sizes = dict(vocab_size=len(vocab), block_size=args.block_size, n_embd=args.n_embd, n_hidden=args.n_hidden)
