@@ -1,19 +1,22 @@
-"""The layers, written by hand: names, arguments, parameter shapes and results are those of torch.nn (only
-Dropout leaves out whole channels, where torch's leaves out single values).
+"""The arithmetic: each layer, forward and backward, and the distinct rows of a minibatch.
 
-forward() is plain tensor arithmetic, so autograd can differentiate it. backward(g) is the same gradient
-worked out by hand, which spares training autograd's walk through each operation: from g = dL/dy of the
-last forward() it sets .grad of the layer's own parameters and returns dL/dx.
+Names, arguments, parameter shapes and results of the layers are those of torch.nn, except that Dropout
+leaves out whole channels. forward() is plain tensor arithmetic, so autograd can differentiate it.
+backward(g) is the same gradient worked out by hand, which takes less time than autograd's walk through
+every operation: from g = dL/dy of the last forward() it sets .grad of the layer's own parameters and
+returns dL/dx. Where several processes train together, sums over the minibatch are sums over all of them.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import distributed, nn
 
 
-def keep(layer, *tensors):
+def save_for_backward(layer, *tensors):
     """Keep in `layer` what its backward() needs. Under autograd, or in eval mode, nothing is needed."""
     if layer.training and not torch.is_grad_enabled():
-        layer.__dict__["kept"] = tensors  # past nn.Module's slow search for parameters
+        layer.__dict__["saved"] = tensors  # nn.Module's own way to set an attribute takes longer
 
 
 def all_reduce(tensor):
@@ -54,13 +57,13 @@ class FlattenConsecutive(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        keep(self, B, T, C)
+        save_for_backward(self, B, T, C)
         if T == 0 or T % self.n:
             raise ValueError(f"{T} positions cannot be joined in groups of {self.n}")
         return x.reshape(B, C * T) if T == self.n else x.reshape(B, T // self.n, C * self.n)
 
     def backward(self, g):
-        return g.view(self.kept)
+        return g.view(self.saved)
 
     def extra_repr(self):
         return f"{self.n}"
@@ -77,13 +80,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x):
-        keep(self, x)
+        save_for_backward(self, x)
         y = x @ self.weight.T
         return y if self.bias is None else y + self.bias
 
     def backward(self, g):
         # y[r, o] = sum_i weight[o, i] x[r, i] + bias[o], so each factor's gradient is g times the other.
-        (x,) = self.kept
+        (x,) = self.saved
         g_rows = g.reshape(-1, self.out_features)
         self.weight.grad = all_reduce(g_rows.T @ x.reshape(-1, self.in_features))
         if self.bias is not None:
@@ -91,17 +94,20 @@ class Linear(nn.Module):
         return g @ self.weight
 
     def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
 
 
 class BatchNorm1d(nn.Module):
     """Each channel to mean 0 and variance 1 over the batch, then scaled and shifted; arXiv:1502.03167.
 
     (B, C) or (B, T, C), shape kept; the latter is normalised over B and T together. In training, unless
-    track_running_stats is False, the running statistics move towards the batch's by `momentum` (None: they
-    are the mean over all batches); in eval mode they are what normalises. With `share` (B,) and n, row b of
-    (B, C) stands for that share of a batch of n rows. Raises ValueError for other shapes, and in training
-    for one value a channel.
+    track_running_stats is False, the running statistics move towards the batch's by `momentum` (None:
+    they are the mean over all batches). In eval mode they are what normalises.
+
+    A row that stands for several equal ones has a weight: with `weights` (B,), which sum to 1, and n, the
+    number of rows that they stand for, mean and variance are the weighted ones.
+    Raises ValueError for other shapes, and in training for one value a channel.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1):
@@ -114,44 +120,47 @@ class BatchNorm1d(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, x, share=None, n=None):
+    def forward(self, x, weights=None, n=None):
         if x.dim() == 3:
             return self.forward(x.flatten(0, 1)).view(x.shape)
         if x.dim() != 2 or x.shape[1] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels in (B, C) or (B, T, C), got {tuple(x.shape)}")
-        weight, bias = self.weight, self.bias
+            expected = f"{self.num_features} channels in (B, C) or (B, T, C)"
+            raise ValueError(f"expected {expected}, got {tuple(x.shape)}")
         if not self.training:
-            return (x - self.running_mean) * (weight * (self.running_var + self.eps).rsqrt()) + bias
-        if share is None:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            return (x - self.running_mean) * scale + self.bias
+        if weights is None:
             n = all_reduce(torch.tensor(len(x), device=x.device)).item()
-            share = x.new_full((len(x),), 1 / n)
+            weights = x.new_full((len(x),), 1 / n)
         if n < 2:
             raise ValueError("one value a channel has no variance: train on at least two")
-        mean = all_reduce(share @ x)
+        mean = all_reduce(weights @ x)
         centred = x - mean
-        var = all_reduce(share @ centred.square())
+        var = all_reduce(weights @ centred.square())
         rstd = (var + self.eps).rsqrt()
         x_hat = centred * rstd
-        keep(self, x_hat, rstd, share)
+        save_for_backward(self, x_hat, rstd, weights)
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
-            momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+            momentum = self.momentum
+            if momentum is None:
+                momentum = 1 / self.num_batches_tracked.item()
             self.running_mean.lerp_(mean.detach(), momentum)
             # The biased variance normalises; the unbiased one is the estimate for data not yet seen.
             self.running_var.lerp_(var.detach() * (n / (n - 1)), momentum)
-        return torch.addcmul(bias, x_hat, weight)
+        return torch.addcmul(self.bias, x_hat, self.weight)
 
     def backward(self, g):
         if g.dim() == 3:
             return self.backward(g.flatten(0, 1)).view(g.shape)
-        # x[r] moves y[r] directly, and every y through mean and var. With s[r] the share of row r in both,
-        # dL/dx[r] = weight * rstd * (g[r] - s[r] * (sum g + x_hat[r] * sum(g * x_hat))).
-        x_hat, rstd, share = self.kept
-        weight, bias = self.weight, self.bias
-        bias.grad = sum_g = all_reduce(g.sum(0))
-        weight.grad = sum_gx = all_reduce((g * x_hat).sum(0))
+        # x[r] moves y[r] directly, and every y through mean and var. With w[r] the weight of row r in both,
+        # dL/dx[r] = weight * rstd * (g[r] - w[r] * (sum g + x_hat[r] * sum(g * x_hat))).
+        x_hat, rstd, weights = self.saved
+        self.bias.grad = sum_g = all_reduce(g.sum(0))
+        self.weight.grad = sum_gx = all_reduce((g * x_hat).sum(0))
         through_all = torch.addcmul(sum_g, x_hat, sum_gx)
-        return torch.addcmul(g, through_all, share.unsqueeze(1), value=-1) * (weight * rstd)
+        direct = torch.addcmul(g, through_all, weights.unsqueeze(1), value=-1)
+        return direct * (self.weight * rstd)
 
     def extra_repr(self):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
@@ -162,11 +171,11 @@ class Tanh(nn.Module):
 
     def forward(self, x):
         y = torch.tanh(x)
-        keep(self, y)
+        save_for_backward(self, y)
         return y
 
     def backward(self, g):
-        (y,) = self.kept
+        (y,) = self.saved
         return torch.addcmul(g, g * y, y, value=-1)  # tanh' = 1 - tanh^2
 
 
@@ -185,69 +194,89 @@ class Dropout(nn.Module):
         if not self.training:
             return x
         mask = x.new_empty(x.shape[-1]).bernoulli_(1 - self.p).div_(1 - self.p)
-        keep(self, mask)
+        save_for_backward(self, mask)
         return x * mask
 
     def backward(self, g):
-        (mask,) = self.kept
+        (mask,) = self.saved
         return g * mask
 
     def extra_repr(self):
         return f"p={self.p}"
 
 
-def share(contexts, vocab_size, batch_size=None):
-    """K batches of contexts (K, B, T) int64 -> a list of K trees that hold each distinct row once.
+class Level(NamedTuple):
+    """The R distinct pairs of a level: pair r joins the rows children[2r] and children[2r + 1] below it."""
 
-    Most of a window is padding, and most names begin like others, so the B * T/2 pairs of a level are
-    few distinct ones. A tree is (levels, ids): levels[l] = (children (2R,), shares (R,), n) says which rows
-    of the level below make up each of R rows, and which share of the level's n pairs each stands for;
-    ids (B,) finds each context's row in the last level. Rows of level 0 are the characters.
+    children: torch.Tensor  # (2R,) int64
+    weights: torch.Tensor  # (R,): the share of the level's pairs that each stands for
+    n: int  # the number of the level's pairs in the whole minibatch
+
+
+def distinct_rows(contexts, vocab_size, batch_size=None):
+    """K minibatches of contexts (K, B, T) int64 -> a list of K trees that hold each distinct row once.
+
+    Most of a window is padding, and most names begin like others, so few of the B * T/2 pairs of a level
+    are distinct, and a row needs to be computed only once. A tree is (levels, ids): a Level for each level
+    of the network, and ids (B,), each context's row in the last one. Below the first level are the V
+    characters. The two contexts "..an" and "..en", with the characters ". a e n", make this tree:
+
+        characters   .    a    e    n        rows 0 1 2 3
+                     | \    \  /|  / |
+        level 1      ..     an   en          children 0 0  1 3  2 3   weights 2/4 1/4 1/4   n 4
+                       \  \/    /
+        level 2       ..an  ..en             children 0 1  0 2        weights 1/2 1/2       n 2
+                                             ids 0 1
+
+    With batch_size, contexts are this process's part of minibatches of so many.
     """
-    K = len(contexts)
-    batch = torch.arange(K, device=contexts.device).view(K, 1, 1)
-    ids, n, levels = contexts, vocab_size, []
+    K, B, _ = contexts.shape
+    minibatch = torch.arange(K, device=contexts.device).view(K, 1, 1)
+    ids, rows_below, levels = contexts, vocab_size, []
     while ids.shape[2] > 1:
-        keys = (batch * n + ids[..., 0::2]) * n + ids[..., 1::2]  # < K n^2, in the order of the batches
-        keys, ids, counts = torch.unique(keys, return_inverse=True, return_counts=True)
-        sizes = torch.bincount(keys // n**2, minlength=K)
-        ids = ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)
-        children = torch.stack((keys // n % n, keys % n), 1).view(-1)
-        sizes, pairs = sizes.tolist(), (batch_size or ids.shape[1]) * ids.shape[2]
-        shares = (counts / pairs).split(sizes)
-        levels.append(list(zip(children.split([2 * size for size in sizes]), shares, [pairs] * K)))
-        n = max(sizes)
+        # One number for each pair. They are sorted by minibatch first, as no row is above rows_below.
+        pairs = (minibatch * rows_below + ids[..., 0::2]) * rows_below + ids[..., 1::2]
+        pairs, ids, counts = torch.unique(pairs, return_inverse=True, return_counts=True)
+        sizes = torch.bincount(pairs // rows_below**2, minlength=K)
+        ids = ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)  # counted from 0 in each minibatch
+        children = torch.stack((pairs // rows_below % rows_below, pairs % rows_below), 1).view(-1)
+        sizes, n = sizes.tolist(), (batch_size or B) * ids.shape[2]
+        children = children.split([2 * size for size in sizes])
+        weights = (counts / n).split(sizes)
+        levels.append([Level(*level, n) for level in zip(children, weights)])
+        rows_below = max(sizes)
     return list(zip(zip(*levels), ids.squeeze(2)))
 
 
-def forward_shared(net, tree):
-    """The logits (B, vocab_size) of net(contexts) from a tree of share(): each distinct row once."""
+def forward_distinct(net, tree):
+    """The logits (B, vocab_size) of net(contexts), from a tree of distinct_rows()."""
     levels, ids = tree
     embedding, *layers = net
-    x, below = embedding.weight, iter(levels)
+    x, coming = embedding.weight, iter(levels)
     for layer in layers:
         if isinstance(layer, FlattenConsecutive):
-            children, shares, n = next(below)
-            x = layer(x.index_select(0, children).view(len(shares), 2, -1))
+            level = next(coming)
+            x = layer(x.index_select(0, level.children).view(len(level.weights), 2, -1))
         elif isinstance(layer, BatchNorm1d):
-            x = layer(x, shares, n)
+            x = layer(x, level.weights, level.n)
         else:
             x = layer(x)
     return x.index_select(0, ids)
 
 
-def backward_shared(net, tree, g):
-    """Set .grad of every parameter, from g (B, vocab_size) = dL/dlogits of the last forward_shared()."""
+def backward_distinct(net, tree, g):
+    """Set .grad of every parameter, from g (B, vocab_size) = dL/dlogits of the last forward_distinct().
+
+    A row that was taken several times gathers the gradients of all its uses.
+    """
     levels, ids = tree
     embedding, *layers = net
-    sizes = [len(embedding.weight)] + [len(shares) for _, shares, _ in levels]
-    # A row that was taken several times gathers the gradients of all its uses.
+    sizes = [len(embedding.weight)] + [len(level.weights) for level in levels]
     g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, ids, g)
-    below = reversed(levels)
+    coming = reversed(levels)
     for layer in reversed(layers):
         g = layer.backward(g)
         if isinstance(layer, FlattenConsecutive):
-            children, _, _ = next(below)
             g = g.flatten(0, 1)
-            g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, children, g)
+            g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, next(coming).children, g)
     embedding.weight.grad = all_reduce(g)

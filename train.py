@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from layers import BatchNorm1d, all_reduce, backward_shared, forward_shared, share
+from layers import BatchNorm1d, all_reduce, backward_distinct, forward_distinct, distinct_rows
 from model import (
     LARGEST_BLOCK,
     Vocabulary,
@@ -107,7 +107,7 @@ def draw(window, vocab_size, first, args):
     left = torch.randint(2, 9, (*shape, 1), generator=generator)
     left[torch.rand(left.shape, generator=generator) >= cut_share(args.dropout)] = args.block_size
     contexts *= torch.arange(args.block_size, 0, -1) <= left
-    trees = share(mine(contexts).to(args.device), vocab_size, args.batch_size)
+    trees = distinct_rows(mine(contexts).to(args.device), vocab_size, args.batch_size)
     return list(zip(trees, mine(targets).to(args.device)))
 
 
@@ -152,8 +152,8 @@ def cross_entropy(logits, targets, n):
 @torch.inference_mode()  # every operation takes less time than under no_grad
 def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0):
     """One step of SGD on (this process's part of) a minibatch of n -> its loss. Only matrices decay."""
-    loss, grad = cross_entropy(forward_shared(net, tree), targets, n)
-    backward_shared(net, tree, grad)
+    loss, grad = cross_entropy(forward_distinct(net, tree), targets, n)
+    backward_distinct(net, tree, grad)
     for parameter in parameters:
         if weight_decay and parameter.dim() == 2:
             parameter.mul_(1 - lr * weight_decay)
@@ -168,8 +168,8 @@ def predictions(net, window, batch_size=8192):
     net.eval()
     for part in window.split(batch_size):
         contexts, targets = contexts_and_targets(part)
-        (tree,) = share(contexts[None].to(device), len(net[0].weight))
-        yield forward_shared(net, tree), targets.to(device)
+        (tree,) = distinct_rows(contexts[None].to(device), len(net[0].weight))
+        yield forward_distinct(net, tree), targets.to(device)
     net.train(training)
 
 
@@ -308,8 +308,8 @@ def recompute_statistics(net, window, batches):
     batch_size = min(8192, max(2048, len(window) // 4))
     for _ in range(batches):
         contexts, _ = contexts_and_targets(window[torch.randint(len(window), (1, batch_size), generator=generator)])
-        (tree,) = share(mine(contexts).to(net[0].weight.device), len(net[0].weight), batch_size)
-        forward_shared(net, tree)
+        (tree,) = distinct_rows(mine(contexts).to(net[0].weight.device), len(net[0].weight), batch_size)
+        forward_distinct(net, tree)
     for norm, (momentum, tracked) in zip(norms, before):
         norm.momentum, norm.track_running_stats = momentum, tracked
     net.train(training)

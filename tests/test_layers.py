@@ -126,7 +126,7 @@ def test_batch_norm(B, T, C, momentum, eps, seed):
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=6), sizes, seeds)
-def test_batch_norm_shares_stand_for_equal_rows(counts, C, seed):
+def test_batch_norm_weights_stand_for_equal_rows(counts, C, seed):
     torch.manual_seed(seed)
     counts = torch.tensor(counts)
     short, long = random_norm(C).double(), nn.BatchNorm1d(C).double()

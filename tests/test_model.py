@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import model
-from layers import backward_shared, forward_shared, share
+from layers import Level, backward_distinct, distinct_rows, forward_distinct
 from model import END, Vocabulary, WaveNet, contexts_and_targets, load, read_names, save, transfer, windows, write_tensors
 
 texts = st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), min_size=1), min_size=1)
@@ -95,38 +95,48 @@ def test_network_is_the_torch_stack(seed, **config):
 
 
 @given(**sizes)
-def test_shared_rows_change_nothing(seed, **config):
-    """Logits, gradients and running statistics from share()'s trees are those of the whole windows."""
+def test_distinct_rows_change_nothing(seed, **config):
+    """Logits, gradients and running statistics from distinct_rows()'s trees are those of the whole windows."""
     net, same = random_net(seed, **config), twin(**config).double()
     K, B, T, V = 3, 6, config["block_size"], config["vocab_size"]
     contexts = torch.stack([padded_contexts(B, T, V) for _ in range(K)])
-    for batch, (levels, ids) in zip(contexts, share(contexts, V)):
+    for batch, (levels, ids) in zip(contexts, distinct_rows(contexts, V)):
         same.load_state_dict(net.state_dict())
         same.zero_grad()
         targets = torch.randint(V, (B,))
         logits = same(batch)
         F.cross_entropy(logits, targets).backward()
-        tree = [(children, (shares.double() * n).round() / n, n) for children, shares, n in levels], ids
+        tree = [Level(children, (weights.double() * n).round() / n, n) for children, weights, n in levels], ids
         with torch.no_grad():
-            torch.testing.assert_close(forward_shared(net, tree), logits)
-            backward_shared(net, tree, (logits.softmax(1) - F.one_hot(targets, V)) / B)
+            torch.testing.assert_close(forward_distinct(net, tree), logits)
+            backward_distinct(net, tree, (logits.softmax(1) - F.one_hot(targets, V)) / B)
         torch.testing.assert_close([p.grad for p in net.parameters()], [p.grad for p in same.parameters()])
         torch.testing.assert_close(net.state_dict(), same.state_dict())
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.sampled_from([2, 4, 8]), st.integers(2, 6))
-def test_share_holds_each_distinct_row_once(K, B, T, V):
+def test_distinct_rows_hold_each_distinct_row_once(K, B, T, V):
     torch.manual_seed(K + B + T + V)
     contexts = torch.stack([padded_contexts(B, T, V) for _ in range(K)])
-    for batch, (levels, ids) in zip(contexts, share(contexts, V)):
+    for batch, (levels, ids) in zip(contexts, distinct_rows(contexts, V)):
         rows = [(code,) for code in range(V)]
-        for level, (children, shares, n) in enumerate(levels, 1):
+        for level, (children, weights, n) in enumerate(levels, 1):
             rows = [rows[left] + rows[right] for left, right in children.view(-1, 2).tolist()]
             parts = [tuple(part) for context in batch.tolist() for part in zip(*[iter(context)] * 2**level)]
             assert sorted(rows) == sorted(set(parts))
             assert n == len(parts)
-            torch.testing.assert_close(shares, torch.tensor([parts.count(row) / n for row in rows]))
+            torch.testing.assert_close(weights, torch.tensor([parts.count(row) / n for row in rows]))
         assert [rows[i] for i in ids] == [tuple(context) for context in batch.tolist()]
+
+
+def test_distinct_rows_of_the_worked_example():
+    """That in the docstring of distinct_rows()."""
+    vocab = Vocabulary(["aen"])
+    contexts = torch.tensor([[0, 0, *vocab.encode(text)] for text in ("an", "en")])
+    ((one, two), ids), = distinct_rows(contexts[None], len(vocab))
+    assert (one.children.tolist(), one.weights.tolist(), one.n) == ([0, 0, 1, 3, 2, 3], [0.5, 0.25, 0.25], 4)
+    assert (two.children.tolist(), two.weights.tolist(), two.n) == ([0, 1, 0, 2], [0.5, 0.5], 2)
+    assert ids.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("block_size", [2, 4, 8, 16])

@@ -16,7 +16,7 @@ from test_model import twin
 from torch.nn import functional as F
 
 import train
-from layers import share
+from layers import distinct_rows
 from model import Vocabulary, WaveNet, contexts_and_targets, load, read_names, windows
 from sampling import generate
 
@@ -226,7 +226,7 @@ def test_200_steps_are_those_of_torch():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        (tree,) = share(contexts[None], len(vocab))
+        (tree,) = distinct_rows(contexts[None], len(vocab))
         assert train.sgd_step(ours, parameters, tree, targets, 32, 0.1) == pytest.approx(loss.item(), abs=1e-3)
 
 
