@@ -214,7 +214,7 @@ class Level(NamedTuple):
 
 
 def distinct_rows(contexts, vocab_size, batch_size=None):
-    """K minibatches of contexts (K, B, T) int64 -> a list of K trees that hold each distinct row once.
+    r"""K minibatches of contexts (K, B, T) int64 -> a list of K trees that hold each distinct row once.
 
     Most of a window is padding, and most names begin like others, so few of the B * T/2 pairs of a level
     are distinct, and a row needs to be computed only once. A tree is (levels, ids): a Level for each level

@@ -77,9 +77,13 @@ def first_rows(names, n):
     return names
 
 
-def recipe(n):
-    """The flags that suit a list of n training windows; measured on lists of many sizes, see the README."""
-    return {"dropout": round(min(0.3, 3.1 / n**0.25), 3), "steps": min(200_000, 10_000 + n * 11 // 10)}
+def recipe(n, begun=False):
+    """The flags that suit a list of n training windows, measured on lists of many sizes: tests/RESULTS.md.
+
+    What was begun from a trained network takes half the steps.
+    """
+    steps = min(200_000, 10_000 + n * 11 // 10)
+    return {"dropout": round(min(0.3, 3.1 / n**0.25), 3), "steps": steps // 2 if begun else steps}
 
 
 def cut_share(dropout):
@@ -527,7 +531,7 @@ def run(args, state, trained, out, picture, unfinished):
         f"{rows:,} rows, {len(vocab) - 1} characters; windows: "
         f"{', '.join(f'{part} {len(view):,}' for part, view in views.items())}; {parameters:,} parameters"
     )
-    for name, value in recipe(len(views["train"])).items():
+    for name, value in recipe(len(views["train"]), begun=trained is not None).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
             remark(f"--{name} {value}, which suits {len(views['train']):,} training windows")
