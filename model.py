@@ -24,6 +24,7 @@ END, LINE_END = ".", "\n"
 
 LARGEST_BLOCK = 1024
 LARGEST_LIST = 2**28  # characters; a pipe might never end
+LARGEST_LINE = 2**20
 PART = 2**24  # characters of a list that are read at once
 LARGEST_PIPE = 2**30  # bytes of a checkpoint that comes through a pipe
 
@@ -43,10 +44,13 @@ def read_names(path, progress=lambda text: None):
     try:
         with open(path, encoding="utf-8-sig") as file:
             while text := file.read(PART):
-                text += file.readline(PART)  # the rest of the last line
+                rest = file.readline(LARGEST_LINE)  # of the last line
+                text += rest
                 size += len(text)
                 if size > LARGEST_LIST:
                     raise ValueError(f"{path} holds more than {LARGEST_LIST:,} characters: give a part of it")
+                if len(rest) == LARGEST_LINE:
+                    raise ValueError(f"{path} holds a line of more than {LARGEST_LINE:,} characters: one name a line")
                 some = [name for line in normalize("NFC", text).split("\n") if (name := line.strip())]
                 for char in set(text) - {"\n"}:
                     # A tab before or after a name is no part of it.
@@ -54,7 +58,7 @@ def read_names(path, progress=lambda text: None):
                         what = f"{shorten(repr(name), 60)} holds the control character {char!r}"
                         raise ValueError(f"{path}: {what}: take it out")
                 names += some
-                if len(text) > PART:
+                if size > PART:
                     progress(f"{len(names):,} names read")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): give a text file with one name a line") from None
@@ -97,7 +101,8 @@ class Vocabulary:
         try:
             return [self.index[char] for char in text]
         except KeyError as error:
-            raise ValueError(f"{error.args[0]!r} is not among the characters {self.chars[1:]!r}") from None
+            known = repr(self.chars[1:60]) + " ..." * (len(self) > 60)
+            raise ValueError(f"{error.args[0]!r} is not among the characters {known}") from None
 
     def decode(self, codes):
         """Sequence of int -> str."""
@@ -111,7 +116,8 @@ def windows(names, vocab, block_size, progress=lambda text: None):
     """
     encoding, dtype = ("latin-1", torch.uint8) if len(vocab) <= 256 else ("utf-32-le", torch.int32)
     table = {ord(char): code for char, code in vocab.index.items()}
-    codes, end = torch.zeros(block_size + sum(map(len, names)) + len(names), dtype=dtype), block_size
+    characters = sum(sum(map(len, part)) for part in batched(names))
+    codes, end = torch.zeros(block_size + characters + len(names), dtype=dtype), block_size
     for i, part in enumerate(batched(names)):
         if i and i % 10 == 0:
             progress(f"{i // 10:,} million names encoded")
@@ -201,6 +207,8 @@ def write_tensors(path, content):
 
 def rebuild_tensor(storage, offset, size, *_):
     """What torch._utils._rebuild_tensor_v2 makes of a contiguous tensor's pickle."""
+    if len(size) > 2 or any(type(number) is not int or not 0 <= number <= len(storage) for number in (offset, *size)):
+        raise pickle.UnpicklingError("a tensor outside its storage")
     return storage[offset : offset + math.prod(size)].view(size)
 
 
@@ -217,7 +225,7 @@ class Unpickler(pickle.Unpickler):
     )
     GLOBALS = {
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("collections", "OrderedDict"): dict,
+        ("collections", "OrderedDict"): lambda: {},
         ("torch", "FloatStorage"): torch.float32,
         ("torch", "LongStorage"): torch.int64,
     }
@@ -227,7 +235,8 @@ class Unpickler(pickle.Unpickler):
         data = archive.read(path)
         for i, (opcode, argument, _) in enumerate(genops(data)):
             memo = opcode.name in ("BINPUT", "LONG_BINPUT") and argument
-            if opcode.name not in self.OPCODES or i > 100_000 or memo > i:
+            large = opcode.name == "LONG1" and abs(argument) >= 2**60  # numbers made to have the same hash
+            if opcode.name not in self.OPCODES or i > 20_000 or memo > i or large:
                 raise pickle.UnpicklingError(f"unexpected {opcode.name}")
         super().__init__(io.BytesIO(data))
         self.archive, self.folder, self.storages = archive, path.removesuffix("data.pkl"), {}
@@ -237,6 +246,8 @@ class Unpickler(pickle.Unpickler):
 
     def persistent_load(self, identity):
         _, dtype, key, *_ = identity
+        if type(key) is not str:
+            raise pickle.UnpicklingError("a record without a name")
         if key not in self.storages:  # read once, however often it is asked for
             data = self.archive.read(f"{self.folder}data/{key}")
             self.storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -260,9 +271,15 @@ def read_tensors(path, kinds, advice):
             pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
             if not pipe and not os.path.isfile(path):
                 raise ValueError(f"{path} is no file: {advice}")
-            if file.peek(4)[:4] != b"PK\3\4":  # no zip archive: not worth reading, however large it is
+            # What does not begin as a zip archive and end as a sum is not worth reading, however large it is.
+            head = file.read(4)
+            if not pipe:
+                file.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
+                tail = file.read()
+                file.seek(4)
+            if head != b"PK\3\4" or not (pipe or tail.isalnum()):
                 raise damaged
-            data = file.read(LARGEST_PIPE if pipe else -1)
+            data = head + file.read(LARGEST_PIPE if pipe else -1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
     try:

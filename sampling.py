@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -19,7 +20,7 @@ from unicodedata import normalize
 import torch
 
 from layers import BatchNorm1d, Linear
-from model import canonical, digest, load, out_of_memory, read_names
+from model import LARGEST_LINE, canonical, digest, load, out_of_memory, read_names
 
 HERE = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
 NAMES, MODEL = (os.path.normpath(os.path.join(HERE, name)) for name in ("names.txt", "model_state.pth"))
@@ -27,6 +28,7 @@ MAX_SEED = 2**32 - 1
 TINY = 1e-6  # the smallest positive number that a flag takes
 BATCH = 8192  # names drawn at once
 LONGEST = 1000  # characters of a name; a network that never ends one would be asked for ever
+PAUSE = 2  # seconds until it is said how many were found
 PATIENCE = 10**6  # draws in a row that bring nothing, after which no more are made
 
 
@@ -45,8 +47,8 @@ class Parser(argparse.ArgumentParser):
     def one_line_errors(self):
         """What can go wrong inside ends the program with one line, or quietly, but with no traceback."""
         # A stream that was closed before the start is one that nobody reads.
-        sys.stdout = sys.stdout or open(os.devnull, "w")
-        sys.stderr = sys.stderr or open(os.devnull, "w")
+        sys.stdout = sys.stdout or nobody()
+        sys.stderr = sys.stderr or nobody()
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
         try:
             with on_signals(interrupt):
@@ -72,13 +74,18 @@ class Parser(argparse.ArgumentParser):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def nobody():
+    """A stream that nobody reads."""
+    return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+
+
 def remark(text):
     """Print one line on stderr, with escapes for what is not printable. That nobody listens is no error."""
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = nobody()
 
 
 @contextmanager
@@ -221,9 +228,9 @@ def encode(vocab, start):
     try:
         return vocab.encode(start)
     except ValueError as error:
-        for other in start.lower(), start.upper():
-            if set(other) <= set(vocab.chars):
-                raise ValueError(f"{error}: did you mean {other!r}?") from None
+        near = [next((c for c in (char, char.lower(), char.upper()) if c in vocab.index), "\n") for char in start]
+        if "\n" not in near:
+            raise ValueError(f"{error}: did you mean {''.join(near)!r}?") from None
         raise
 
 
@@ -233,7 +240,9 @@ def condition(min_length=0, match="", known=None):
     With `known`, also: is it neither in there nor was it accepted before?
     """
     try:
-        pattern = re.compile(match)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what later versions of Python may take in another way
+            pattern = re.compile(match)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"--match {match!r} is not a regular expression: {error}") from None
     seen = set(known or ())
@@ -254,7 +263,7 @@ def draw(sample, n, wanted, batch=BATCH):
     After PATIENCE draws in a row of which none was wanted it ends, and says so on stderr. On a
     terminal the count so far is shown there after 2, 4, 8, ... seconds.
     """
-    begin, pause = time.monotonic(), 2
+    begin, pause = time.monotonic(), PAUSE
     drawn = found = last = 0  # last: how many were drawn up to the last find
     while found < n and drawn - last < PATIENCE:
         # As many as should be needed, going by the share of those drawn that were wanted.
@@ -264,7 +273,7 @@ def draw(sample, n, wanted, batch=BATCH):
         found += len(names)
         last = drawn if names else last
         yield from names
-        if time.monotonic() - begin > pause and sys.stderr.isatty():
+        if time.monotonic() - begin > pause:
             remark(f"{found:,} of {n:,} names found among {drawn:,} drawn")
             pause *= 2
     if found < n:
@@ -292,6 +301,8 @@ def score(net, vocab, names):
         sums[prefixes.alive] -= log_probs[prefixes.ids, drawn]
         prefixes.extend(drawn)
         position += 1
+    if sums.isnan().any():
+        raise ValueError("the network's weights are too large or no numbers: train it anew")
     losses[known] = sums / lengths
     return losses.tolist()
 
@@ -333,7 +344,9 @@ def run(args):
         torch.manual_seed(args.seed)
     else:
         torch.seed()
-    start = normalize("NFC", args.start)
+    start = normalize("NFC", args.start).lstrip()
+    if args.data is not None and not args.new:
+        raise ValueError("--data is the list for --new: add --new")
     if len(start) > args.max_length:
         raise ValueError(f"--start {start!r} is longer than --max-length {args.max_length}")
     if args.min_length > args.max_length:
@@ -375,7 +388,11 @@ def lines(path):
     """Yield the lines of a UTF-8 text file, without the blanks around them; no blank ones."""
     try:
         with open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace") as file:
-            yield from filter(None, map(canonical, file))
+            while line := file.readline(LARGEST_LINE):
+                if len(line) == LARGEST_LINE:
+                    raise ValueError(f"{path} holds a line of more than {LARGEST_LINE:,} characters")
+                if name := canonical(line):
+                    yield name
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 

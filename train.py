@@ -27,6 +27,7 @@ from model import (
     LARGEST_BLOCK,
     Vocabulary,
     WaveNet,
+    batched,
     check,
     contexts_and_targets,
     digest,
@@ -48,6 +49,7 @@ from sampling import (
     Parser,
     generate,
     interrupt,
+    nobody,
     number,
     on_signals,
     remark,
@@ -236,63 +238,79 @@ def train(net, train_windows, val_windows, args, state=None, keep=lambda state: 
             raise FloatingPointError(f"{error} at step {step}") from None
         return state
 
+    def validate(step):
+        nonlocal best
+        mean = average.module
+        recompute_statistics(mean, train_windows, batches=1)
+        if rank():
+            return ""
+        name = sample(mean)  # each step has a seed of its own: random numbers taken here change nothing
+        loss, scale = best_scale(mean, val_windows, SCALES)
+        curves["val"].append((step, loss))
+        if not best or loss < best["loss"]:
+            state_dict = {name: tensor.clone() for name, tensor in mean.state_dict().items()}
+            best = {"step": step, "loss": loss, "scale": scale, "state_dict": state_dict}
+        return name
+
+    def show(step, name):
+        losses = ", ".join(f"{part} {curve[-1][1]:.3f}" for part, curve in curves.items() if curve)
+        bar.set_postfix_str(f"{losses} {name}", refresh=False)
+        if bar.disable and name and not rank():
+            remark(f"step {step:,} of {args.steps:,}: {losses}, {name}")
+
     net.train()
-    name = ""
-    with tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None) as bar:
-        for step in range(start, args.steps):
-            if step % chunk == 0 or step == start:
-                batches = draw(train_windows, len(net[0].weight), step - step % chunk, args)
-            torch.manual_seed(~seed_of(step, args))  # for Dropout: not the numbers that drew the windows
-            lr = learning_rate(step, args.steps, args.lr)
+    last_validated = curves["val"][-1][0] if curves["val"] else 0
+    layout = "{percentage:3.0f}%|{bar:10}|{postfix} {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}]"
+    bar = tqdm(total=args.steps, initial=start, smoothing=0.05, bar_format=layout, dynamic_ncols=True, disable=None)
+    with bar:
+        for step in range(start, args.steps + 1):
             try:
-                loss = sgd_step(net, parameters, *batches[step % chunk], args.batch_size, lr, weight_decay)
+                if step > last_validated and (step % validate_every == 0 or step == args.steps):
+                    show(step, validate(step))
                 stop = all_reduce(torch.tensor(len(stopped()), device=args.device)).item()
-            except RuntimeError as error:
-                if not grouped() or out_of_memory(error):
-                    raise
-                if step and not rank():
+                save_now = step > start and (step % args.checkpoint_every == 0 or step == args.steps)
+                if (save_now or stop) and not rank():
                     keep(snapshot(step))
-                raise ConnectionError from None
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
+                if stop:
+                    raise KeyboardInterrupt(*stopped() or [signal.SIGTERM])
+                if step == args.steps:
+                    break
+                if step % chunk == 0 or step == start:
+                    batches = draw(train_windows, len(net[0].weight), step - step % chunk, args)
+                torch.manual_seed(~seed_of(step, args))  # for Dropout: not the numbers that drew the windows
+                lr = learning_rate(step, args.steps, args.lr)
+                loss = sgd_step(net, parameters, *batches[step % chunk], args.batch_size, lr, weight_decay)
+            except RuntimeError as error:
+                # Another process has ended. The weights still are those after `step` steps.
+                if grouped() and not rank() and not out_of_memory(error):
+                    keep(snapshot(step))
+                raise
             done = step + 1
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {done}")
             loss_sum += loss
+            if done % 10 == 0 or done % validate_every == 0 or done == args.steps:
+                average.update_parameters(net)  # neighbouring weights are nearly the same: not at every step
             if done % every == 0:
                 curves["train"].append((done, loss_sum / every))
                 loss_sum = 0.0
-            validate = done % validate_every == 0 or done == args.steps
-            if validate or done % 10 == 0:  # neighbouring weights are nearly the same
-                average.update_parameters(net)
-            if validate:
-                mean = average.module
-                recompute_statistics(mean, train_windows, batches=1)
-            if validate and not rank():
-                name = sample(mean)  # the seeds of the steps keep its random numbers away from the training
-                loss, scale = best_scale(mean, val_windows, SCALES)
-                curves["val"].append((done, loss))
-                if not best or loss < best["loss"]:
-                    state_dict = {name: tensor.clone() for name, tensor in mean.state_dict().items()}
-                    best = {"step": done, "loss": loss, "scale": scale, "state_dict": state_dict}
-            if (done % args.checkpoint_every == 0 or done == args.steps or stop) and not rank():
-                keep(snapshot(done))
-            if stop:
-                raise KeyboardInterrupt(*stopped() or [signal.SIGTERM])
+                show(done, "")
             bar.update()
-            if (validate or done % every == 0) and not rank():
-                losses = ", ".join(f"{part} {curve[-1][1]:.3f}" for part, curve in curves.items() if curve)
-                bar.set_postfix_str(f"{losses} {name}", refresh=False)
-                if bar.disable and validate:
-                    remark(f"step {done:,} of {args.steps:,}: {losses}, {name}")
     return best, curves
 
 
 def check_state(state, net, steps):
     """Raises ValueError unless `state` can be one of train() for this network and these steps."""
     curves, best = state["curves"], state["best"]
+    if list(curves) != ["train", "val"] or any(type(curve) is not list for curve in curves.values()):
+        raise ValueError("its curves are impossible")
     points = [*curves["train"], *curves["val"], (state["step"], state["loss_sum"])]
     points += [(best["step"], best["loss"]), (best["step"], best["scale"])] if best else []
-    if any(type(step) is not int or not 0 < step <= steps or not math.isfinite(number) for step, number in points):
-        raise ValueError("its steps and losses are impossible")
+    for step, number in points:
+        if type(step) is not int or not 0 <= step <= steps or type(number) is not float or not math.isfinite(number):
+            raise ValueError("its steps and losses are impossible")
+    if best and not SCALES[0] <= best["scale"] <= SCALES[-1]:
+        raise ValueError("its scale is impossible")
     check(state["state_dict"], net)
     check(state["average"], AveragedModel(net))
     if best or state["step"] == steps:
@@ -409,14 +427,14 @@ def files_of(out, data):
 
     Raises ValueError when one of them is no file, or could be another one that the user needs.
     """
-    stem, ending = os.path.splitext(out)
-    files = f"{stem}.png", f"{out}.unfinished", f"{out}.unfinished.lock"
+    names = f"{out.removesuffix('.pth')}.png", f"{out}.unfinished", f"{out}.unfinished.lock"
+    files = [os.path.realpath(name) for name in names]
     for path in out, *files:
-        if os.path.exists(path) and not os.path.isfile(path):
+        if os.path.lexists(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is a folder or a device: choose another --out")
     if os.path.exists(files[-1]) and os.path.getsize(files[-1]):
         raise ValueError(f"{files[-1]} is another program's: choose another --out")
-    if os.path.realpath(data) in (out, *files) or ending in (".png", ".unfinished", ".lock"):
+    if len({os.path.realpath(data), out, *files}) < 5 or out.endswith((".png", ".unfinished", ".lock")):
         raise ValueError(f"--out {out} would overwrite a file of another kind: choose another, such as own.pth")
     if not os.path.isdir(os.path.dirname(out)):
         raise ValueError(f"{out} cannot be written (no such folder): choose another --out")
@@ -453,12 +471,14 @@ def process_group(device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     if rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = nobody()
     try:
         yield
-    except ConnectionError:
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         sys.stderr = sys.__stderr__
-        raise ValueError("another process of this training has ended: go on with --resume") from None
+        raise ValueError("another process of this training has ended: go on with --resume, if a state is left") from None
     finally:
         if grouped():
             distributed.destroy_process_group()
@@ -509,6 +529,8 @@ def run(args, state, trained, out, picture, unfinished):
     """The whole training: from the list of names to the network, its picture and a few names."""
     torch.set_num_threads(args.threads)
     names = read_names(args.data, progress=remark)
+    if len(names) > 10**6:
+        remark(f"{len(names):,} names; now they are shuffled, split and encoded")
     names_digest = digest(names)
     if any(theirs != names_digest for theirs in from_all(names_digest)):
         raise ValueError(f"the processes see different names in {args.data}: give all the same")
@@ -519,7 +541,9 @@ def run(args, state, trained, out, picture, unfinished):
     vocab, parts = Vocabulary(names), dict(zip(("train", "test", "val"), split(names)))
     # Of a large list no more is tested and validated on than is needed.
     parts["test"], parts["val"] = (first_rows(parts[part], MEASURED) for part in ("test", "val"))
-    known = set(parts["val"]).intersection(parts["train"])
+    validation, known = set(parts["val"]), set()
+    for part in batched(parts["train"]):
+        known |= validation.intersection(part)
     if unseen := [name for name in parts["val"] if name not in known]:
         parts["unseen"] = unseen
     views = {part: windows(some, vocab, args.block_size, progress=remark) for part, some in parts.items()}
@@ -546,7 +570,7 @@ def run(args, state, trained, out, picture, unfinished):
     if state:
         try:
             check_state(state, net, args.steps)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             what = shorten(str(error), 80)
             raise ValueError(f"{unfinished} does not fit its flags ({what}): choose another --out") from None
     of_the_run = {name: getattr(args, name) for name in OF_THE_RUN}
@@ -590,6 +614,8 @@ def run(args, state, trained, out, picture, unfinished):
         os.remove(unfinished)
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
+    if len(views["train"]) > MEASURED:
+        print(f"measured on the first {MEASURED:,} windows of a split, validated on {VALIDATED:,}")
     print(f"kept: the averaged weights of step {best['step']:,}, of least validation loss, logits times {best['scale']:.2f}")
     print("\n".join(generate(net, vocab, 10)))
     print(f"written: {out} and {picture}")

@@ -14,8 +14,10 @@ sys.path.insert(0, str(ROOT))
 
 import matplotlib.figure  # noqa: E402, F401  not in each fork anew
 
+import sampling  # noqa: E402
 import train  # noqa: E402
 
+sampling.PAUSE = 10**9  # no test depends on how long a thing takes
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes; two threads on a busy machine wait for each other
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)

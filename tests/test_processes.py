@@ -121,26 +121,30 @@ def test_a_state_goes_on_with_another_number_of_processes(folder, alone, before,
     close(load(out)[0], alone[1][0])
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_when_one_is_killed_the_others_say_so_and_can_go_on(folder, killed):
+@pytest.mark.parametrize(
+    "where, nth, killed, step",
+    [("sgd_step", 100, 1, 99), ("sgd_step", 100, 0, 70), ("recompute_statistics", 10, 1, 100), ("learning_rate", 100, 1, 99)],
+)
+def test_when_one_is_killed_the_others_say_so_and_can_go_on(folder, alone, where, nth, killed, step):
     def kill(rank):
-        calls, original = iter(range(1, 1000)), train.sgd_step
+        calls, original = iter(range(1, 1000)), getattr(train, where)
 
-        def dying(*args):
-            if next(calls) == 100 and rank == killed:
+        def dying(*args, **kwargs):
+            if next(calls) == nth and rank == killed:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args)
+            return original(*args, **kwargs)
 
-        train.sgd_step = dying
+        setattr(train, where, dying)
 
-    out = folder / f"killed{killed}.pth"
+    out = folder / f"killed-{where}-{killed}.pth"
     processes = in_processes(3, "--data", folder / "names.txt", "--out", out, *SMALL, before=kill)
     assert processes.pop(killed).returncode == -signal.SIGKILL
     for process in processes:
         assert process.returncode == 2 and "another process of this training has ended" in process.stderr, process.stderr
         assert "Traceback" not in process.stderr
-    assert read_tensors(f"{out}.unfinished", {}, "")["step"] == (99 if killed else 70)
+    assert read_tensors(f"{out}.unfinished", {}, "")["step"] == step
     assert forked(train.main, "--out", out, "--resume").returncode == 0
+    close(load(out)[0], alone[1][0])
 
 
 def test_processes_that_see_different_things_are_refused(folder):

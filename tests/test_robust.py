@@ -187,7 +187,10 @@ def test_out_is_no_other_file_of_the_run_and_no_device(folder, refused):
     for name in "list.png", "own.pth.unfinished":
         shutil.copy(folder / "names.txt", folder / name)
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    outs = "names.txt", "own.pth.unfinished", "own.pth.lock", "loss.png", "picture.pth", "used.pth", "fifo.pth", "device.pth", ""
+    (folder / "loop.pth").symlink_to("loop.pth")
+    (folder / "net.png").symlink_to("net.pth")
+    (folder / "names.png").symlink_to("names.txt")
+    outs = "loop.pth", "net.pth", "names.pth", "names.txt", "own.pth.unfinished", "own.pth.lock", "loss.png", "picture.pth", "used.pth", "fifo.pth", "device.pth", ""
     for out in outs:
         refused(train.main, ["--data", folder / "names.txt", *SMALL, "--out", folder / out], "--out")
     refused(train.main, ["--data", folder / "list.png", *SMALL, "--out", folder / "list.pth"], "--out")
@@ -203,6 +206,11 @@ def test_files_beside_the_network_are_left_alone(folder):
         (folder / name).write_text("mine")
     assert forked(train.main, *command(folder)).returncode == 0
     assert all((folder / name).read_text() == "mine" for name in names)
+
+
+def test_each_out_has_a_picture_of_its_own(folder, refused):
+    pictures = {train.files_of(str(folder / name), "list.txt")[0] for name in ("run.1", "run.2", "a.pth", "a.bin")}
+    assert len(pictures) == 4
 
 
 def test_a_link_stays_a_link_and_permissions_stay(folder):
@@ -288,6 +296,15 @@ def test_too_little_memory_says_so(interrupted, refused, monkeypatch):
 @pytest.mark.parametrize("sizes", [["--n-hidden", 100_000], ["--n-hidden", 30_000], ["--block-size", 65_536]])
 def test_sizes_beyond_the_memory_are_refused(folder, refused, sizes):
     refused(train.main, command(folder, *sizes), "memory" if sizes[0] == "--n-hidden" else "--block-size")
+
+
+def test_nobody_listening_in_an_ascii_locale(folder):
+    """Names that the locale cannot write are shown while it trains."""
+    (folder / "names.txt").write_text("zoë\nżółć\n" * 10, encoding="utf-8")
+    env = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    args = ["sh", "-c", '"$@" 2>&-', "sh", sys.executable, str(ROOT / "train.py"), *command(folder)]
+    assert subprocess.run(args, capture_output=True, env=env).returncode == 0
+    load(folder / "own.pth")
 
 
 def test_nobody_listening_loses_no_work(folder, undisturbed):
@@ -429,7 +446,7 @@ def test_a_broken_state_is_refused(interrupted, refused, capsys):
             train.main([str(arg) for arg in again])
         assert exit.value.code == 2
     nan = {name: tensor * math.nan for name, tensor in state["state_dict"].items()}
-    changes = [{"step": step} for step in ("x", math.inf, 0, 451, torch.tensor(3), True)] + [
+    changes = [{"step": step} for step in ("x", math.inf, -1, 451, torch.tensor(3), True)] + [
         {"average": []},
         {"average": state["state_dict"]},
         {"state_dict": {}},
@@ -441,6 +458,12 @@ def test_a_broken_state_is_refused(interrupted, refused, capsys):
         {"curves": {"train": [], "val": [(1, math.nan)]}},
         {"best": {"step": 3, "loss": 1.0, "scale": 1.0, "state_dict": {}}},
         {"best": state["best"] | {"scale": math.nan}},
+        {"best": state["best"] | {"scale": -3.0}},
+        {"best": state["best"] | {"loss": 10**400}},
+        {"curves": {"train": [(1, 10**400)], "val": []}},
+        {"curves": {"train": [(1, torch.zeros(1))], "val": []}},
+        {"curves": {"train": (), "val": ()}},
+        {"curves": state["curves"] | {"x": [5]}},
         {"step": 450, "best": {}},
         {"flags": state["flags"] | {"data": "/dev/zero"}},
     ]
@@ -520,6 +543,14 @@ BOMBS = {
     "a larger storage": archive(storage(0, 10**9), [("archive/data/0", bytes(4))]),
     "sets": archive(b"\x80\x02" + b"\x8f" * 4_000_000 + b"."),
     "dicts": archive(b"\x80\x02" + b"}" * 4_000_000 + b"."),
+    "copies of a dict": archive(
+        pickle.dumps({i: None for i in range(9000)}, 2)[:-1] + b"q\xff" + b"ccollections\nOrderedDict\nh\xff\x85R" * 3000 + b"."
+    ),
+    "a record without a name": archive(
+        b"\x80\x02" + storage(0, 1)[:-1].replace(b"V0\n", b"G\x7f\xf8\0\0\0\0\0\0") + b".", [("archive/data/nan", bytes(4 * 10**6))]
+    ),
+    "a size of many numbers": archive(storage(0, 3).replace(b"(I3\nt(", b"(" + b"I1000000\n" * 9000 + b"t("), [("archive/data/0", bytes(12))]),
+    "numbers of one hash": archive(b"\x80\x02}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(9000)) + b"u."),
     "a memo": archive(b"\x80\x02}r\xff\xff\xff\x7f."),
     "the same record often": archive(
         pickle.dumps({}, 2), [(f"archive/data/{i}", b"") for i in range(3)]
@@ -551,6 +582,10 @@ def test_what_is_no_file_is_refused(tmp_path, tiny, refused, monkeypatch):
     holes = tmp_path / "holes"
     with open(holes, "wb") as file:
         file.truncate(3 * 2**30)
+    with open(tmp_path / "zip of holes", "wb") as file:
+        file.write(b"PK\3\4")
+        file.truncate(3 * 2**30)
+    refused(sampling.main, ["--model", tmp_path / "zip of holes"], "is damaged")
     for path in "/dev/zero", holes, tmp_path:
         refused(sampling.main, ["--model", path], str(path))
         refused(train.main, ["--data", path, "--out", tmp_path / "own.pth"], str(path))
@@ -565,7 +600,8 @@ def test_what_is_no_file_is_refused(tmp_path, tiny, refused, monkeypatch):
     with open(tiny / "model.pth", "rb") as file:
         process = run("sampling.py", "--model", "/dev/stdin", "-n", 3, stdin=file)
     assert len(process.stdout.splitlines()) == 3
-    with subprocess.Popen(["cat", str(tiny / "model.pth")], stdout=subprocess.PIPE) as cat:
+    slow = f"head -c 2 '{tiny}/model.pth'; sleep 0.2; tail -c +3 '{tiny}/model.pth'"
+    with subprocess.Popen(["sh", "-c", slow], stdout=subprocess.PIPE) as cat:
         process = run("sampling.py", "--model", "/dev/stdin", "-n", 3, stdin=cat.stdout)
     assert len(process.stdout.splitlines()) == 3
 
