@@ -580,7 +580,9 @@ def run(args, state, trained, out, picture, unfinished):
         write_tensors(unfinished, state | {"names": names_digest, "flags": remembered})
 
     def one_name(net):
-        return " ".join(generate(net, vocab, 1, max_length=30))
+        with suppress(ValueError):  # weights that overflow are noticed elsewhere
+            return " ".join(generate(net, vocab, 1, max_length=30))
+        return ""
 
     caught = []
     try:

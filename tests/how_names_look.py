@@ -35,7 +35,7 @@ def main():
     train, _, val = split(names)
     net, vocab, made = load(ROOT / "model_state.pth")
     window = windows(val, vocab, made["block_size"])
-    counts = KneserNey(train)
+    counts = KneserNey(train, "".join(names))
     torch.manual_seed(1)
     random.seed(1)
     print("| | not in names.txt | distinct | length distance | val 0.8 | val 1.0 | val 1.2 |")
