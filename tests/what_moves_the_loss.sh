@@ -32,15 +32,9 @@ changed() {
     sed -i "$change" "$copy/$file"
     ! cmp -s "$file" "$copy/$file"
 }
-# Logits as they are. (What weights that are not averaged reach is the last validation loss of this run.)
-changed no_scale train.py '/calibrate(plain/d'
-(cd "$copy" && run no_scale)
 # Initial weights with Kaiming's gain for tanh.
 changed gain model.py 's|data \*= 0.5$|data *= 5 / 3|'
 (cd "$copy" && run gain)
-# Dropout that grows from level to level: 0.055, 0.11, 0.165, 0.22.
-changed depth model.py 's|Dropout(dropout))|Dropout(dropout * (len(layers) // 5) / 4))|'
-(cd "$copy" && run depth --dropout 0.22)
 
 # The published configurations.
 lecture="--block-size 8 --batch-size 32 --dropout 0"
