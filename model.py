@@ -341,8 +341,11 @@ def load(path):
             raise ValueError("its sizes are impossible")
         if config != dict(vocab_size=len(chars), block_size=T, n_embd=E, n_hidden=H):
             raise ValueError("its sizes are not those of its weights")
-        with torch.device("meta"):  # it takes no memory until its weights are put in
-            net = WaveNet(**config)
+        levels = T.bit_length() - 1
+        numbers = V * E + 2 * E * H + 2 * H * H * (levels - 1) + (4 * H + 1) * levels + H * V + V
+        if numbers != sum(tensor.numel() for tensor in state.values()):
+            raise ValueError("its weights are not as many as its sizes say")  # before memory is taken
+        net = WaveNet(**config)
         check(state, net)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no network of train.py ({shorten(str(error), 80)}): name another one") from None
