@@ -306,8 +306,8 @@ def check_state(state, net, steps):
         raise ValueError("its curves are impossible")
     points = [*curves["train"], *curves["val"], (state["step"], state["loss_sum"])]
     points += [(best["step"], best["loss"]), (best["step"], best["scale"])] if best else []
-    for step, number in points:
-        if type(step) is not int or not 0 <= step <= steps or type(number) is not float or not math.isfinite(number):
+    for step, value in points:
+        if type(step) is not int or not 0 <= step <= steps or type(value) is not float or not math.isfinite(value):
             raise ValueError("its steps and losses are impossible")
     if best and not SCALES[0] <= best["scale"] <= SCALES[-1]:
         raise ValueError("its scale is impossible")
