@@ -1,10 +1,11 @@
 """The arithmetic: each layer, forward and backward, and the distinct rows of a minibatch.
 
-Names, arguments, parameter shapes and results of the layers are those of torch.nn, except that Dropout
-leaves out whole channels. forward() is plain tensor arithmetic, so autograd can differentiate it.
-backward(g) is the same gradient worked out by hand, which takes less time than autograd's walk through
-every operation: from g = dL/dy of the last forward() it sets .grad of the layer's own parameters and
-returns dL/dx. Where several processes train together, sums over the minibatch are sums over all of them.
+Names, arguments, parameter shapes and results of the layers are those of torch.nn, except that
+Dropout leaves out whole channels. forward() is plain tensor arithmetic, so autograd can
+differentiate it. backward(g) is the same gradient worked out by hand, which takes less time than
+autograd's walk through every operation: from g = dL/dy of the last forward() it sets .grad of the
+layer's own parameters and returns dL/dx. Where several processes train together, sums over the
+minibatch are sums over all of them.
 """
 
 from typing import NamedTuple
@@ -14,14 +15,19 @@ from torch import distributed, nn
 
 
 def save_for_backward(layer, *tensors):
-    """Keep in `layer` what its backward() needs. Under autograd, or in eval mode, nothing is needed."""
+    """Keep in `layer` what its backward() needs: nothing under autograd, or in eval mode."""
     if layer.training and not torch.is_grad_enabled():
         layer.__dict__["saved"] = tensors  # nn.Module's own way to set an attribute takes longer
 
 
+def parallel():
+    """Whether this is one of several processes that train together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def all_reduce(tensor):
-    """The sum of a tensor over the processes that train together, in place; nothing where there is one."""
-    if distributed.is_available() and distributed.is_initialized():
+    """Sum a tensor over the processes that train together, in place."""
+    if parallel():
         distributed.all_reduce(tensor)
     return tensor
 
@@ -75,7 +81,8 @@ class Linear(nn.Module):
     def __init__(self, in_features, out_features, bias=True):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        # Dividing by sqrt(in_features) keeps the variance of what comes in: Kaiming, arXiv:1502.01852.
+        # Dividing by sqrt(in_features) keeps the variance of what comes in: Kaiming,
+        # arXiv:1502.01852.
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / in_features**0.5)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -85,7 +92,8 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def backward(self, g):
-        # y[r, o] = sum_i weight[o, i] x[r, i] + bias[o], so each factor's gradient is g times the other.
+        # y[r, o] = sum_i weight[o, i] x[r, i] + bias[o], so each factor's gradient is g times the
+        # other.
         (x,) = self.saved
         g_rows = g.reshape(-1, self.out_features)
         self.weight.grad = all_reduce(g_rows.T @ x.reshape(-1, self.in_features))
@@ -99,15 +107,15 @@ class Linear(nn.Module):
 
 
 class BatchNorm1d(nn.Module):
-    """Each channel to mean 0 and variance 1 over the batch, then scaled and shifted; arXiv:1502.03167.
+    """Each channel to mean 0 and variance 1 over the batch, scaled and shifted; arXiv:1502.03167.
 
-    (B, C) or (B, T, C), shape kept; the latter is normalised over B and T together. In training, unless
-    track_running_stats is False, the running statistics move towards the batch's by `momentum` (None:
-    they are the mean over all batches). In eval mode they are what normalises.
+    (B, C) or (B, T, C), shape kept; the latter is normalised over B and T together. In training,
+    unless track_running_stats is False, the running statistics move towards the batch's by
+    `momentum` (None: they are the mean over all batches). In eval mode they are what normalises.
 
-    A row that stands for several equal ones has a weight: with `weights` (B,), which sum to 1, and n, the
-    number of rows that they stand for, mean and variance are the weighted ones.
-    Raises ValueError for other shapes, and in training for one value a channel.
+    A row that stands for several equal ones has a weight: with `weights` (B,), which sum to 1, and
+    n, the number of rows that they stand for, mean and variance are the weighted ones. Raises
+    ValueError for other shapes, and in training for one value a channel.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1):
@@ -146,15 +154,16 @@ class BatchNorm1d(nn.Module):
             if momentum is None:
                 momentum = 1 / self.num_batches_tracked.item()
             self.running_mean.lerp_(mean.detach(), momentum)
-            # The biased variance normalises; the unbiased one is the estimate for data not yet seen.
+            # The biased variance normalises; the unbiased one is the estimate for data not yet
+            # seen.
             self.running_var.lerp_(var.detach() * (n / (n - 1)), momentum)
         return torch.addcmul(self.bias, x_hat, self.weight)
 
     def backward(self, g):
         if g.dim() == 3:
             return self.backward(g.flatten(0, 1)).view(g.shape)
-        # x[r] moves y[r] directly, and every y through mean and var. With w[r] the weight of row r in both,
-        # dL/dx[r] = weight * rstd * (g[r] - w[r] * (sum g + x_hat[r] * sum(g * x_hat))).
+        # x[r] moves y[r] directly, and every y through mean and var. With w[r] the weight of row r
+        # in both, dL/dx[r] = weight * rstd * (g[r] - w[r] * (sum g + x_hat[r] * sum(g * x_hat))).
         x_hat, rstd, weights = self.saved
         self.bias.grad = sum_g = all_reduce(g.sum(0))
         self.weight.grad = sum_gx = all_reduce((g * x_hat).sum(0))
@@ -182,8 +191,8 @@ class Tanh(nn.Module):
 class Dropout(nn.Module):
     """In training, each channel of (..., C) is 0 with probability p and else divided by 1 - p.
 
-    One draw of channels serves the whole batch: a thinned network for each step, arXiv:1207.0580. It
-    regularises as well here as a draw for each value, and C random numbers cost next to nothing.
+    One draw of channels serves the whole batch: a thinned network for each step, arXiv:1207.0580.
+    It regularises as well here as a draw for each value, and C random numbers cost next to nothing.
     """
 
     def __init__(self, p=0.5):
@@ -206,7 +215,7 @@ class Dropout(nn.Module):
 
 
 class Level(NamedTuple):
-    """The R distinct pairs of a level: pair r joins the rows children[2r] and children[2r + 1] below it."""
+    """The R distinct pairs of a level: pair r joins the rows children[2r : 2r + 2] below it."""
 
     children: torch.Tensor  # (2R,) int64
     weights: torch.Tensor  # (R,): the share of the level's pairs that each stands for
@@ -214,12 +223,13 @@ class Level(NamedTuple):
 
 
 def distinct_rows(contexts, vocab_size, batch_size=None):
-    r"""K minibatches of contexts (K, B, T) int64 -> a list of K trees that hold each distinct row once.
+    r"""K minibatches of contexts (K, B, T) int64 -> K trees that hold each distinct row once.
 
-    Most of a window is padding, and most names begin like others, so few of the B * T/2 pairs of a level
-    are distinct, and a row needs to be computed only once. A tree is (levels, ids): a Level for each level
-    of the network, and ids (B,), each context's row in the last one. Below the first level are the V
-    characters. The two contexts "..an" and "..en", with the characters ". a e n", make this tree:
+    Most of a window is padding, and most names begin like others, so few of the B * T/2 pairs of a
+    level are distinct, and a row needs to be computed only once. A tree is (levels, ids): a Level
+    for each level of the network, and ids (B,), each context's row in the last one. Below the first
+    level are the V characters. The two contexts "..an" and "..en", with the characters ". a e n",
+    make this tree:
 
         characters   .    a    e    n        rows 0 1 2 3
                      | \    \  /|  / |
@@ -234,7 +244,8 @@ def distinct_rows(contexts, vocab_size, batch_size=None):
     minibatch = torch.arange(K, device=contexts.device).view(K, 1, 1)
     ids, rows_below, levels = contexts, vocab_size, []
     while ids.shape[2] > 1:
-        # One number for each pair. They are sorted by minibatch first, as no row is above rows_below.
+        # One number for each pair. They are sorted by minibatch first, as no row is above
+        # rows_below.
         pairs = (minibatch * rows_below + ids[..., 0::2]) * rows_below + ids[..., 1::2]
         pairs, ids, counts = torch.unique(pairs, return_inverse=True, return_counts=True)
         sizes = torch.bincount(pairs // rows_below**2, minlength=K)
@@ -265,7 +276,7 @@ def forward_distinct(net, tree):
 
 
 def backward_distinct(net, tree, g):
-    """Set .grad of every parameter, from g (B, vocab_size) = dL/dlogits of the last forward_distinct().
+    """Set .grad of every parameter, from g (B, vocab_size) = dL/dlogits of forward_distinct().
 
     A row that was taken several times gathers the gradients of all its uses.
     """

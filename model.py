@@ -1,14 +1,14 @@
-"""What a model is: names and their windows, the vocabulary, the network, the file that keeps them."""
+"""What a model is: names and their windows, the vocabulary, the network, the file that keeps it."""
 
 import hashlib
 import io
-import math
+import json
 import os
-import pickle
+import re
 import shutil
 import stat
 import zipfile
-from pickletools import genops
+from itertools import count
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 from unicodedata import category, normalize
@@ -18,15 +18,15 @@ from torch import nn
 
 from layers import BatchNorm1d, Dropout, Embedding, FlattenConsecutive, Linear, Tanh
 
-# The end token ends every name and pads the context on the left. A list whose names hold "." has one that
-# no line can hold.
+# The end token ends every name and pads the context on the left. A list whose names hold "." has
+# another one, which no line of a file can hold.
 END, LINE_END = ".", "\n"
 
 LARGEST_BLOCK = 1024
-LARGEST_LIST = 2**28  # characters; a pipe might never end
-LARGEST_LINE = 2**20
-PART = 2**24  # characters of a list that are read at once
+LARGEST_LIST = 2**28  # characters: a pipe might never end
+LARGEST_HEADER = 2**22  # bytes of a checkpoint's description
 LARGEST_PIPE = 2**30  # bytes of a checkpoint that comes through a pipe
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def canonical(name):
@@ -37,49 +37,35 @@ def canonical(name):
 def read_names(path, progress=lambda text: None):
     """The names of a UTF-8 text file, one a line, each as canonical(); blank lines do not count.
 
-    Raises ValueError when the file cannot be read or holds no list of names. progress(text) is called after
-    each 16 million characters of a long list.
+    progress(text) is told how far it has come. Raises ValueError when the file cannot be read or
+    holds no list of names.
     """
-    names, size = [], 0
     try:
         with open(path, encoding="utf-8-sig") as file:
-            while text := file.read(PART):
-                rest = file.readline(LARGEST_LINE)  # of the last line
-                text += rest
-                size += len(text)
-                if size > LARGEST_LIST:
-                    raise ValueError(f"{path} holds more than {LARGEST_LIST:,} characters: give a part of it")
-                if len(rest) == LARGEST_LINE:
-                    raise ValueError(f"{path} holds a line of more than {LARGEST_LINE:,} characters: one name a line")
-                some = [name for line in normalize("NFC", text).split("\n") if (name := line.strip())]
-                for char in set(text) - {"\n"}:
-                    # A tab before or after a name is no part of it.
-                    if category(char) == "Cc" and (name := next((name for name in some if char in name), None)):
-                        what = f"{shorten(repr(name), 60)} holds the control character {char!r}"
-                        raise ValueError(f"{path}: {what}: take it out")
-                names += some
-                if size > PART:
-                    progress(f"{len(names):,} names read")
+            text = file.read(LARGEST_LIST + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): give a text file with one name a line") from None
+        what = f"cannot be read ({error.strerror}): give a text file with one name a line"
+        raise ValueError(f"{path} {what}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+        what = f"is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        raise ValueError(f"{path} {what}") from None
+    if len(text) > LARGEST_LIST:
+        raise ValueError(f"{path} holds more than {LARGEST_LIST:,} characters: give a part of it")
+    if len(text) > 2**24:
+        progress(f"{len(text):,} characters read")
+    names = [name for line in normalize("NFC", text).split("\n") if (name := line.strip())]
     if not names:
         raise ValueError(f"{path} holds no names: give a text file with one name a line")
+    for name in names:
+        if char := CONTROL.search(name):
+            what = f"{shorten(repr(name), 60)} holds the control character {char[0]!r}"
+            raise ValueError(f"{path}: {what}: take it out")
     return names
 
 
 def digest(names):
     """A list of names -> the SHA-256 that tells it from others."""
-    sha256 = hashlib.sha256()
-    for part in batched(names):
-        sha256.update("\n".join([*part, ""]).encode())
-    return sha256.hexdigest()
-
-
-def batched(names, n=100_000):
-    """A list in parts of n: what is done to all names at once takes much memory, and no signal ends it."""
-    return (names[i : i + n] for i in range(0, len(names), n))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 class Vocabulary:
@@ -87,8 +73,8 @@ class Vocabulary:
 
     def __init__(self, texts):
         chars = set()
-        for part in batched(texts):
-            chars.update(*part)
+        for text in texts:
+            chars.update(text)
         self.end = LINE_END if END in chars else END
         self.chars = self.end + "".join(sorted(chars))
         self.index = {char: i for i, char in enumerate(self.chars)}
@@ -97,7 +83,7 @@ class Vocabulary:
         return len(self.chars)
 
     def encode(self, text):
-        """str -> list of int, the end token included. Raises ValueError for a character that is not known."""
+        """str -> list of int, also of the end token. Raises ValueError for an unknown character."""
         try:
             return [self.index[char] for char in text]
         except KeyError as error:
@@ -110,19 +96,21 @@ class Vocabulary:
 
 
 def windows(names, vocab, block_size, progress=lambda text: None):
-    """Names -> (N, block_size + 1) codes: every character and end of a name, after what stands before it.
+    """Names -> (N, block_size + 1) codes: each character and end of a name, after what precedes it.
 
     All windows are one view over one array of a byte, or four, a character.
     """
     encoding, dtype = ("latin-1", torch.uint8) if len(vocab) <= 256 else ("utf-32-le", torch.int32)
     table = {ord(char): code for char, code in vocab.index.items()}
-    characters = sum(sum(map(len, part)) for part in batched(names))
-    codes, end = torch.zeros(block_size + characters + len(names), dtype=dtype), block_size
-    for i, part in enumerate(batched(names)):
-        if i and i % 10 == 0:
-            progress(f"{i // 10:,} million names encoded")
-        text = vocab.end.join([*part, ""]).translate(table)  # str.translate is a hundred times as fast as a loop
-        codes[end : end + len(text)] = torch.frombuffer(bytearray(text.encode(encoding, "surrogatepass")), dtype=dtype)
+    characters = sum(len(name) + 1 for name in names)
+    codes, end = torch.zeros(block_size + characters, dtype=dtype), block_size
+    # str.translate is a hundred times as fast as a loop; in parts, it takes little memory.
+    for i in range(0, len(names), 100_000):
+        if i and i % 1_000_000 == 0:
+            progress(f"{i:,} names encoded")
+        text = vocab.end.join([*names[i : i + 100_000], ""]).translate(table)
+        part = bytearray(text.encode(encoding, "surrogatepass"))
+        codes[end : end + len(text)] = torch.frombuffer(part, dtype=dtype)
         end += len(text)
     return codes.unfold(0, block_size + 1, 1)
 
@@ -139,9 +127,10 @@ class WaveNet(nn.Sequential):
 
     log2(block_size) levels join the characters pair by pair, each FlattenConsecutive(2), Linear,
     BatchNorm1d, Tanh: (B, T, C) -> (B, T/2, 2C) -> (B, T/2, n_hidden). It is the tree of dilated
-    convolutions of WaveNet, arXiv:1609.03499, seen through one output. With dropout > 0, a Dropout follows
-    each Tanh.
-    Raises ValueError when block_size is not a power of two of at least 2, and for contexts of another size.
+    convolutions of WaveNet, arXiv:1609.03499, seen through one output. With dropout > 0, a Dropout
+    follows each Tanh.
+    Raises ValueError when block_size is not a power of two of at least 2, and for contexts of
+    another size.
     """
 
     def __init__(self, vocab_size, block_size, n_embd, n_hidden, dropout=0.0):
@@ -149,35 +138,46 @@ class WaveNet(nn.Sequential):
             raise ValueError(f"block_size must be a power of two of at least 2, not {block_size}")
         layers, n_in = [Embedding(vocab_size, n_embd)], n_embd
         for _ in range(block_size.bit_length() - 1):
-            linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would take a bias away again
-            # BatchNorm1d takes the scale of this weight away again, and what it leaves is that a step of SGD
-            # turns a smaller weight further: arXiv:1706.05350. With 0.5 in place of Kaiming's gain for tanh,
-            # 5/3, which would keep the variance from level to level, training gets further in its steps.
+            linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would take away a bias
+            # BatchNorm1d also takes away the scale of this weight; but the smaller a weight is, the
+            # further a step of SGD turns it: arXiv:1706.05350. Kaiming's gain for tanh, 5/3, would
+            # keep the variance from level to level; with 0.5 training gets further in its steps.
             linear.weight.data *= 0.5
             layers += [FlattenConsecutive(2), linear, BatchNorm1d(n_hidden), Tanh()]
             if dropout:
                 layers.append(Dropout(dropout))
             n_in = n_hidden
         head = Linear(n_hidden, vocab_size)
-        # Small logits: training starts at a loss of about ln(vocab_size), knowing nothing, and not from
-        # confident mistakes that it would first have to unlearn.
+        # Small logits: training starts at a loss of about ln(vocab_size), knowing nothing, and not
+        # from confident mistakes that it would first have to unlearn.
         head.weight.data *= 0.1
         super().__init__(*layers, head)
-        self.config = dict(vocab_size=vocab_size, block_size=block_size, n_embd=n_embd, n_hidden=n_hidden)
+        self.config = dict(
+            vocab_size=vocab_size, block_size=block_size, n_embd=n_embd, n_hidden=n_hidden
+        )
 
     def forward(self, contexts):
-        if contexts.dim() != 2 or contexts.shape[1] != self.config["block_size"]:
-            raise ValueError(f"contexts must be (B, {self.config['block_size']}), not {tuple(contexts.shape)}")
+        T, shape = self.config["block_size"], tuple(contexts.shape)
+        if len(shape) != 2 or shape[1] != T:
+            raise ValueError(f"contexts must be (B, {T}), not {shape}")
         return super().forward(contexts)
 
-    def __getitem__(self, index):
-        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+    def __getitem__(self, i):  # nn.Sequential would make a slice with WaveNet(...)
+        return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
+
+
+def count_parameters(vocab_size, block_size, n_embd, n_hidden):
+    """How many parameters a network of these sizes would have, without the memory to make it."""
+    levels = block_size.bit_length() - 1
+    matrices = 2 * n_embd * n_hidden + (levels - 1) * 2 * n_hidden**2
+    return vocab_size * n_embd + matrices + levels * 2 * n_hidden + (n_hidden + 1) * vocab_size
 
 
 def write(path, data):
-    """Put bytes into the file at path, so that a crash leaves either the old file or the whole new one.
+    """Put bytes into the file at path, so that a crash leaves either the old or the whole new file.
 
-    A link stays a link, and a file keeps its permissions. Raises ValueError when it cannot be written.
+    A link stays a link, and a file keeps its permissions. Raises ValueError when it cannot be
+    written.
     """
     path = os.path.realpath(path)
     try:
@@ -191,95 +191,49 @@ def write(path, data):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): make room there, or choose another place") from None
+        what = f"cannot be written ({error.strerror}): make room there, or choose another place"
+        raise ValueError(f"{path} {what}") from None
+
+
+HEADER = "archive/header.json"
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.int64)}
 
 
 def write_tensors(path, content):
-    """Write a dict of tensors, numbers, strings, lists, tuples and dicts to the file at path.
+    """Write a dict of tensors, numbers, strings, lists and dicts to the file at path.
 
-    It is a file of torch.save(), a zip archive, whose comment is the SHA-256 of all before it.
+    It is a file of torch.save(), a zip archive, with two additions: a record that says in JSON what
+    read_tensors() needs, and the SHA-256 of all before it as the archive's comment.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    data = buffer.getvalue()[:-2] + bytes((64, 0))  # the length of the comment, which was 0
+    # torch numbers the tensors in the order in which it meets them, and so does JSON.
+    header = json.dumps(content, default=lambda t: {"dtype": str(t.dtype), "shape": list(t.shape)})
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr(HEADER, header)
+        archive.comment = bytes(64)
+    data = buffer.getvalue()[:-64]
     write(path, data + hashlib.sha256(data).hexdigest().encode())
 
 
-def rebuild_tensor(storage, offset, size, *_):
-    """What torch._utils._rebuild_tensor_v2 makes of a contiguous tensor's pickle."""
-    if len(size) > 2 or any(type(number) is not int or not 0 <= number <= len(storage) for number in (offset, *size)):
-        raise pickle.UnpicklingError("a tensor outside its storage")
-    return storage[offset : offset + math.prod(size)].view(size)
-
-
-class Unpickler(pickle.Unpickler):
-    """Makes plain values, and tensors of an archive's records: all that write_tensors() writes, no more.
-
-    torch.load(weights_only=True) knows some more, with which a file of a hundred bytes could fill the memory.
-    """
-
-    OPCODES = set(
-        "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 "
-        "TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET "
-        "GLOBAL BINPERSID REDUCE".split()
-    )
-    GLOBALS = {
-        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("collections", "OrderedDict"): lambda: {},
-        ("torch", "FloatStorage"): torch.float32,
-        ("torch", "LongStorage"): torch.int64,
-    }
-
-    def __init__(self, archive):
-        (path,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        data = archive.read(path)
-        for i, (opcode, argument, _) in enumerate(genops(data)):
-            memo = opcode.name in ("BINPUT", "LONG_BINPUT") and argument
-            large = opcode.name == "LONG1" and abs(argument) >= 2**60  # numbers made to have the same hash
-            if opcode.name not in self.OPCODES or i > 20_000 or memo > i or large:
-                raise pickle.UnpicklingError(f"unexpected {opcode.name}")
-        super().__init__(io.BytesIO(data))
-        self.archive, self.folder, self.storages = archive, path.removesuffix("data.pkl"), {}
-
-    def find_class(self, module, name):
-        return self.GLOBALS[module, name]
-
-    def persistent_load(self, identity):
-        _, dtype, key, *_ = identity
-        if type(key) is not str:
-            raise pickle.UnpicklingError("a record without a name")
-        if key not in self.storages:  # read once, however often it is asked for
-            data = self.archive.read(f"{self.folder}data/{key}")
-            self.storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return self.storages[key]
-
-
-def out_of_memory(error):
-    """Whether a MemoryError, or the RuntimeError that torch makes of it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "you tried to allocate" in str(error)
-
-
 def read_tensors(path, kinds, advice):
-    """What write_tensors() wrote, a dict whose values are of these kinds, {key: type}. Runs no code of the file.
+    """What write_tensors() wrote: a dict with values of these kinds, {key: type}. Runs no code.
 
-    Raises ValueError, which ends with the advice, when the file at path cannot be read, is damaged, or
-    holds something else.
+    It reads each record once, and nothing that torch.save() wrote for torch.load().
+    Raises ValueError, which ends with the advice, when the file at path cannot be read, is damaged,
+    or holds something else.
     """
     damaged = ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
     try:
         with open(path, "rb") as file:
-            pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
-            if not pipe and not os.path.isfile(path):
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
                 raise ValueError(f"{path} is no file: {advice}")
-            # What does not begin as a zip archive and end as a sum is not worth reading, however large it is.
-            head = file.read(4)
-            if not pipe:
-                file.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
-                tail = file.read()
-                file.seek(4)
-            if head != b"PK\3\4" or not (pipe or tail.isalnum()):
+            stream = file if stat.S_ISREG(mode) else io.BytesIO(file.read(LARGEST_PIPE))
+            if not zipfile.is_zipfile(stream):  # found out at its end, however large it is
                 raise damaged
-            data = head + file.read(LARGEST_PIPE if pipe else -1)
+            stream.seek(0)
+            data = stream.read()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
     try:
@@ -288,43 +242,59 @@ def read_tensors(path, kinds, advice):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
             # What is packed, or stands in the file once for many records, could grow to anything.
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+            if packed or sum(record.file_size for record in records) > len(data):
                 raise damaged
-            if sum(record.file_size for record in records) > len(data):
+            if archive.getinfo(HEADER).file_size > LARGEST_HEADER:
                 raise damaged
-            content = Unpickler(archive).load()
-    except Exception as error:  # a broken zip and a broken pickle raise almost anything
+            numbers = count()
+
+            def tensor(entry):
+                if entry.keys() != {"dtype", "shape"}:
+                    return entry
+                record = bytearray(archive.read(f"archive/data/{next(numbers)}"))
+                return torch.frombuffer(record, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+
+            content = json.loads(archive.read(HEADER), object_hook=tensor)
+    except Exception as error:  # a broken archive raises almost anything
         raise error if out_of_memory(error) else damaged from None
-    if type(content) is not dict or any(type(content.get(key)) is not kind for key, kind in kinds.items()):
+    if type(content) is not dict or any(type(content.get(key)) is not kinds[key] for key in kinds):
         raise ValueError(f"{path} holds something else: {advice}")
     return content
 
 
+def out_of_memory(error):
+    """Whether a MemoryError, or the RuntimeError that torch makes of it."""
+    memory_errors = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, memory_errors) or "you tried to allocate" in str(error)
+
+
 def check(state_dict, net):
-    """Raises ValueError unless state_dict fits into net and its numbers are such as a network can have."""
+    """Raises ValueError unless state_dict fits net, with numbers such as a network can have."""
     expected = net.state_dict()
     if list(state_dict) != list(expected):
         raise ValueError("the layers are not those of the network")
     for name, tensor in state_dict.items():
-        like = expected[name]
-        if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
-            raise ValueError(f"{name} is not {like.dtype} of {tuple(like.shape)}")
+        shape, dtype = expected[name].shape, expected[name].dtype
+        if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (shape, dtype):
+            raise ValueError(f"{name} is not {dtype} of {tuple(shape)}")
         if not tensor.isfinite().all() or (name.endswith("_var") and (tensor < 0).any()):
             raise ValueError(f"{name} holds numbers that are not finite, or negative variances")
 
 
 def save(path, net, vocab, made):
-    """Write a checkpoint: the state dict, the sizes, the vocabulary, and how it was made (a flat dict).
+    """Write a checkpoint: the state dict, the sizes, the vocabulary, how it was made (a flat dict).
 
-    Raises ValueError, and writes nothing, when a weight is not finite or the file cannot be written.
+    Raises ValueError, and writes nothing, when a weight is not finite or there is no room.
     """
     state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
     check(state, net)
-    write_tensors(path, {"config": net.config, "vocab": vocab.chars, "made": made, "state_dict": state})
+    content = {"config": net.config, "vocab": vocab.chars, "made": made, "state_dict": state}
+    write_tensors(path, content)
 
 
 def load(path):
-    """path -> (the network in eval mode, its vocabulary, how it was made). Runs no code from the file.
+    """path -> (the network in eval mode, its vocabulary, how it was made). Runs no code.
 
     Raises ValueError when the file cannot be read or is not a whole checkpoint.
     """
@@ -335,30 +305,29 @@ def load(path):
         vocab = Vocabulary([chars[1:]])
         if vocab.chars != chars or any(category(char) in ("Cc", "Cs") for char in chars[1:]):
             raise ValueError("its characters are no alphabet")
-        (V, E), (_, H) = state["0.weight"].shape, list(state.values())[-2].shape
-        T = config["block_size"]
-        if any(type(size) is not int for size in config.values()) or min(V, E, H) < 1 or T > LARGEST_BLOCK:
+        if any(type(size) is not int or size < 1 for size in config.values()):
             raise ValueError("its sizes are impossible")
-        if config != dict(vocab_size=len(chars), block_size=T, n_embd=E, n_hidden=H):
-            raise ValueError("its sizes are not those of its weights")
-        levels = T.bit_length() - 1
-        numbers = V * E + 2 * E * H + 2 * H * H * (levels - 1) + (4 * H + 1) * levels + H * V + V
-        if numbers != sum(tensor.numel() for tensor in state.values()):
-            raise ValueError("its weights are not as many as its sizes say")  # before memory is taken
+        if config["vocab_size"] != len(chars) or config["block_size"] > LARGEST_BLOCK:
+            raise ValueError("its sizes are impossible")
+        levels = config["block_size"].bit_length() - 1
+        numbers = count_parameters(**config) + levels * (2 * config["n_hidden"] + 1)
+        if numbers != sum(tensor.numel() for tensor in state.values()):  # before memory is taken
+            raise ValueError("its weights are not as many as its sizes say")
         net = WaveNet(**config)
         check(state, net)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no network of train.py ({shorten(str(error), 80)}): name another one") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"is no network of train.py ({shorten(str(error), 80)}): name another one"
+        raise ValueError(f"{path} {what}") from None
     net.load_state_dict(state, assign=True)
     return net.eval(), vocab, made
 
 
 @torch.no_grad()
 def transfer(net, vocab, trained, trained_vocab):
-    """Copy into `net` what it shares with a trained network of the same block_size, n_embd and n_hidden.
+    """Copy into `net` what it shares with a trained network of the same sizes but for vocab_size.
 
-    That is all levels, and what belongs to a character that both know: its embedding, its row of the output.
-    A capital letter that was not known begins as its small one.
+    That is all levels, and what belongs to a character that both know: its embedding and its row of
+    the output. A capital letter that was not known begins as its small one.
     """
     rows, known = [0], [0]  # the end token, whichever character it is
     for char, i in vocab.index.items():

@@ -20,20 +20,22 @@ from unicodedata import normalize
 import torch
 
 from layers import BatchNorm1d, Linear
-from model import LARGEST_LINE, canonical, digest, load, out_of_memory, read_names
+from model import canonical, digest, load, out_of_memory, read_names
 
 HERE = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
-NAMES, MODEL = (os.path.normpath(os.path.join(HERE, name)) for name in ("names.txt", "model_state.pth"))
-MAX_SEED = 2**32 - 1
-TINY = 1e-6  # the smallest positive number that a flag takes
+NAMES, MODEL = (
+    os.path.normpath(os.path.join(HERE, name)) for name in ("names.txt", "model_state.pth")
+)
+LARGEST_LINE = 2**20  # characters of a line of names to score
 BATCH = 8192  # names drawn at once
 LONGEST = 1000  # characters of a name; a network that never ends one would be asked for ever
 PAUSE = 2  # seconds until it is said how many were found
 PATIENCE = 10**6  # draws in a row that bring nothing, after which no more are made
+NOT_FINITE = "the network's weights are too large or no numbers: train it anew"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a line for each flag, and one line on stderr and exit status 2 for any error."""
+    """argparse, a line for each flag; any error is one line on stderr and exit status 2."""
 
     def __init__(self, description):
         wide = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=28, width=120)
@@ -45,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def one_line_errors(self):
-        """What can go wrong inside ends the program with one line, or quietly, but with no traceback."""
+        """What can go wrong inside ends the program with one line, or quietly: no traceback."""
         # A stream that was closed before the start is one that nobody reads.
         sys.stdout = sys.stdout or nobody()
         sys.stderr = sys.stderr or nobody()
@@ -80,8 +82,10 @@ def nobody():
 
 
 def remark(text):
-    """Print one line on stderr, with escapes for what is not printable. That nobody listens is no error."""
-    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """Print one line on stderr, what is not printable escaped, whether anybody listens or not."""
+    line = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
@@ -90,16 +94,18 @@ def remark(text):
 
 @contextmanager
 def on_signals(handler):
-    """Inside, the first signal that asks the program to stop calls handler(signum), and a second ends it at once.
+    """Inside, the first signal to stop calls handler(signum), and a second ends the program at
+    once.
 
     A signal that was ignored, as in the background of a script, stays so.
     """
-    signums = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {signum: signal.getsignal(signum) for signum in signums if signal.getsignal(signum) != signal.SIG_IGN}
+    signums = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)
+    before = {signum: signal.getsignal(signum) for signum in signums}
+    before = {signum: old for signum, old in before.items() if old != signal.SIG_IGN}
 
     def first(signum, frame):
-        for signum_ in before:
-            signal.signal(signum_, signal.SIG_DFL)
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
         handler(signum)
 
     for signum in before:
@@ -123,7 +129,8 @@ def number(kind, low, high=math.inf):
             value = kind(text)
             if low <= value <= high and math.isfinite(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low} to {high}")
 
     return parse
 
@@ -141,8 +148,8 @@ class Prefixes:
     2^level characters are kept: Fast WaveNet, arXiv:1611.09482. And texts whose last characters
     are the same share their rows, so that each distinct row is computed once.
 
-    `alive` (N,) are the numbers of the texts that have not come to the end token. What follows text alive[i]
-    has row ids[i] of the logits (R, V).
+    `alive` (N,) are the numbers of the texts that have not come to the end token. What follows text
+    alive[i] has row ids[i] of the logits (R, V).
     """
 
     def __init__(self, net, n):
@@ -191,7 +198,8 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=LO
     """Draw n names that begin with `start`, and return a list of those not above max_length.
 
     Each character is drawn from softmax(logits / temperature), with top_k only from the top_k
-    likeliest. A name ends at the end token and is never cut: one that is longer than max_length is left out.
+    likeliest. A name ends at the end token and is never cut: a longer one than max_length is left
+    out.
     Raises ValueError when `start` holds the end token or a character that the model does not know.
     """
     if vocab.end in start:
@@ -209,7 +217,7 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=LO
         # With the highest logit at 0, no temperature makes exp overflow.
         weights = ((logits - logits.amax(1, keepdim=True)) / temperature).exp()
         if weights.isnan().any():
-            raise ValueError("the network's weights are too large or no numbers: train it anew")
+            raise ValueError(NOT_FINITE)
         # A point between 0 and the sum of a row's weights falls to each character in proportion to
         # its weight: to the first at which the sum so far is above the point. There is one, as
         # rand() < 1, and it has some weight, as with none the sum would not have grown.
@@ -228,9 +236,9 @@ def encode(vocab, start):
     try:
         return vocab.encode(start)
     except ValueError as error:
-        near = [next((c for c in (char, char.lower(), char.upper()) if c in vocab.index), "\n") for char in start]
-        if "\n" not in near:
-            raise ValueError(f"{error}: did you mean {''.join(near)!r}?") from None
+        for near in start.lower(), start.upper():
+            if set(near) <= vocab.index.keys():
+                raise ValueError(f"{error}: did you mean {near!r}?") from None
         raise
 
 
@@ -241,7 +249,9 @@ def condition(min_length=0, match="", known=None):
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what later versions of Python may take in another way
+            warnings.simplefilter(
+                "ignore"
+            )  # of what later versions of Python may take in another way
             pattern = re.compile(match)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"--match {match!r} is not a regular expression: {error}") from None
@@ -302,7 +312,7 @@ def score(net, vocab, names):
         prefixes.extend(drawn)
         position += 1
     if sums.isnan().any():
-        raise ValueError("the network's weights are too large or no numbers: train it anew")
+        raise ValueError(NOT_FINITE)
     losses[known] = sums / lengths
     return losses.tolist()
 
@@ -315,19 +325,27 @@ def flags():
     add("-n", "--num-samples", type=count, metavar="N", default=20, help="how many names")
     add("--start", metavar="TEXT", default="", help="names that begin with this text")
     add("--min-length", type=count, metavar="N", default=1, help="of at least so many characters")
-    add("--max-length", type=number(int, 1, LONGEST), metavar="N", default=LONGEST, help="of at most so many")
+    length = number(int, 1, LONGEST)
+    add("--max-length", type=length, metavar="N", default=LONGEST, help="of at most so many")
     add("--match", metavar="REGEX", default="", help="in which this regular expression is found")
     add("--new", action="store_true", help="that are not in the list it was trained on, each once")
     add("--data", metavar="LIST", help="that list; None: names.txt, if it was trained on that")
     add = parser.add_argument_group("how they are drawn").add_argument
-    temperature = number(float, TINY, 1 / TINY)
+    temperature = number(float, 1e-6, 1e6)
     add("--model", metavar="FILE", default=MODEL, help="the network, as train.py wrote it")
-    add("--temperature", type=temperature, metavar="T", default=1.0, help="below 1 more usual names, above stranger ones")
-    add("--top-k", type=count, metavar="K", help="only from the K likeliest characters; None: from all")
-    add("--seed", type=number(int, 0, MAX_SEED), metavar="N", help="the same names at every run; None: others")
-    add("--threads", type=number(int, 1, 1024), metavar="N", default=1, help="processor cores to use")
+    add(
+        "--temperature", type=temperature, metavar="T", default=1.0, help="below 1 more usual names"
+    )
+    add("--top-k", type=count, metavar="K", help="only from the K likeliest characters; None: all")
+    seed, threads = number(int, 0, 2**32 - 1), number(int, 1, 1024)
+    add("--seed", type=seed, metavar="N", help="the same names at every run; None: others")
+    add("--threads", type=threads, metavar="N", default=1, help="processor cores to use")
     add = parser.add_argument_group("instead of drawing").add_argument
-    add("--score", metavar="FILE", help="the loss of each name of this file, or of standard input for -")
+    add(
+        "--score",
+        metavar="FILE",
+        help="print the loss of each name of this file; -: standard input",
+    )
     return parser
 
 
@@ -360,13 +378,16 @@ def run(args):
     if args.new:
         known = read_names(NAMES if args.data is None else args.data)
         if args.data is None and digest(known) != made.get("names"):
-            raise ValueError(f"{args.model} was not trained on names.txt: give --new its list with --data LIST")
+            what = "was not trained on names.txt: give --new its list with --data LIST"
+            raise ValueError(f"{args.model} {what}")
     wanted = condition(args.min_length, args.match, known)
 
     def sample(size):
         names = generate(net, vocab, size, start, args.temperature, args.top_k, args.max_length)
         if not names and args.max_length == LONGEST:
-            raise ValueError(f"{args.model}: none of {size:,} names ended within {LONGEST:,} characters")
+            raise ValueError(
+                f"{args.model}: none of {size:,} names ended within {LONGEST:,} characters"
+            )
         return names
 
     for name in draw(sample, args.num_samples, wanted, batch):
@@ -390,7 +411,9 @@ def lines(path):
         with open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace") as file:
             while line := file.readline(LARGEST_LINE):
                 if len(line) == LARGEST_LINE:
-                    raise ValueError(f"{path} holds a line of more than {LARGEST_LINE:,} characters")
+                    raise ValueError(
+                        f"{path} holds a line of more than {LARGEST_LINE:,} characters"
+                    )
                 if name := canonical(line):
                     yield name
     except OSError as error:

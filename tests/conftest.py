@@ -12,10 +12,11 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import matplotlib.figure  # noqa: E402, F401  not in each fork anew
+import matplotlib.figure  # noqa: F401  not in each fork anew
 
-import sampling  # noqa: E402
-import train  # noqa: E402
+import model
+import sampling
+import train
 
 sampling.PAUSE = 10**9  # no test depends on how long a thing takes
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes; two threads on a busy machine wait for each other
@@ -55,9 +56,10 @@ def forked(main, *args, before=lambda: None):
 
 
 def train_until(where, nth, signums, *args):
-    """Run train.py, which gets the signals as it calls its function `where` for the nth time."""
+    """Run train.py, which gets the signals as it calls the function `where` for the nth time."""
     calls = iter(range(1, nth + 1))
-    original = getattr(train, where)
+    module = model if where == "save" else train
+    original = getattr(module, where)
 
     def call(*args, **kwargs):
         if next(calls, None) == nth:
@@ -65,7 +67,7 @@ def train_until(where, nth, signums, *args):
                 os.kill(os.getpid(), signum)
         return original(*args, **kwargs)
 
-    return forked(train.main, *args, before=lambda: setattr(train, where, call))
+    return forked(train.main, *args, before=lambda: setattr(module, where, call))
 
 
 @pytest.fixture

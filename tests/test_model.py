@@ -219,7 +219,6 @@ BROKEN = {
     "not a checkpoint": b"emma\nolivia\n",
     "empty": b"",
     "a pickle that runs code": pickle.dumps(Code()),
-    "a checkpoint that runs code": checkpoint(made=Code()),
     "a list": [1, 2, 3],
     "no vocabulary": {key: value for key, value in checkpoint().items() if key != "vocab"},
     "other sizes": checkpoint(config=SIZES | {"n_hidden": 6}),
@@ -265,15 +264,13 @@ def test_names_are_read_whatever_the_line_ends(tmp_path):
     assert read_names(path) == ["jean luc", "żółć", "名"]
 
 
-def test_a_long_list_is_read_in_parts(tmp_path, monkeypatch):
-    """Wherever the parts end, also within a line; and how far it has come is told."""
-    lines = ["jean luc", "żółć", "", "名" * 7, "ada"] * 40
-    (tmp_path / "list.txt").write_text("\n".join(lines), encoding="utf-8")
-    for size in 10, 64, 10**6:
-        monkeypatch.setattr(model, "PART", size)
-        told = []
-        assert read_names(tmp_path / "list.txt", told.append) == [line for line in lines if line]
-        assert bool(told) == (size < 10**6)
+def test_how_far_a_long_list_is_read_is_told(tmp_path):
+    told = []
+    (tmp_path / "list.txt").write_text("ada\n" * 2**22 + "bea")
+    names = read_names(tmp_path / "list.txt", told.append)
+    assert told == [f"{2**24 + 3:,} characters read"]
+    assert windows(names, Vocabulary(["abde"]), 4, told.append).shape == (2**24 + 4, 5)
+    assert told[1:] == [f"{i},000,000 names encoded" for i in (1, 2, 3, 4)]
 
 
 def test_the_readmes_example(monkeypatch, capsys):

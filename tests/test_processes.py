@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, forked
 
+import model
 import train
 from model import load, read_names, read_tensors
 
@@ -150,7 +151,7 @@ def test_when_one_is_killed_the_others_say_so_and_can_go_on(folder, alone, where
 def test_processes_that_see_different_things_are_refused(folder):
     def other_list(rank):
         if rank:
-            train.read_names = lambda path, progress: read_names(path)[1:]
+            model.read_names = lambda path, progress: read_names(path)[1:]
 
     args = ["--data", folder / "names.txt", "--out", folder / "refused.pth", *SMALL]
     first, _ = in_processes(2, *args, before=other_list)

@@ -18,7 +18,6 @@ from unicodedata import normalize
 import pytest
 import torch
 from conftest import ROOT, forked, run, train_until
-from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -138,7 +137,7 @@ def test_resume_refuses_what_contradicts(interrupted, refused):
 
 def test_a_second_training_to_the_same_file_is_refused(folder, refused):
     (folder / "link.pth").symlink_to("own.pth")
-    with FileLock(folder / "own.pth.unfinished.lock"):
+    with train.locked(str(folder / "own.pth")):
         refused(train.main, command(folder), "another training")
         refused(train.main, ["--out", folder / "link.pth"], "another training")
 
@@ -183,13 +182,12 @@ def test_out_is_no_other_file_of_the_run_and_no_device(folder, refused):
     os.mkfifo(folder / "fifo.pth")
     (folder / "device.pth").symlink_to("/dev/null")
     (folder / "picture.png").mkdir()
-    (folder / "used.pth.unfinished.lock").write_bytes(b"somebody's")
     for name in "list.png", "own.pth.unfinished":
         shutil.copy(folder / "names.txt", folder / name)
     (folder / "loop.pth").symlink_to("loop.pth")
     (folder / "names.png").symlink_to("names.txt")
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    outs = "loop.pth", "names.pth", "names.txt", "own.pth.unfinished", "own.pth.lock", "loss.png", "picture.pth", "used.pth", "fifo.pth", "device.pth", ""
+    outs = "loop.pth", "names.pth", "names.txt", "own.pth.unfinished", "loss.png", "picture.pth", "fifo.pth", "device.pth", ""
     for out in outs:
         refused(train.main, ["--data", folder / "names.txt", *SMALL, "--out", folder / out], "--out")
     refused(train.main, ["--data", folder / "list.png", *SMALL, "--out", folder / "list.pth"], "--out")
@@ -234,8 +232,8 @@ def test_a_picture_that_fails_costs_one_line(folder, how):
     if how == "backend":
         env["MPLBACKEND"] = "garbage"
     if how == "folder":  # that appears while it trains
-        code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train; save = train.save\n"
-        code += "train.save = lambda *args: (os.mkdir(sys.argv.pop()), save(*args)); train.main(sys.argv[1:-1])"
+        code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import model, train; save = model.save\n"
+        code += "model.save = lambda *args: (os.mkdir(sys.argv.pop()), save(*args)); train.main(sys.argv[1:-1])"
         process = subprocess.run([sys.executable, "-c", code, *command(folder), folder / "own.png"], capture_output=True, text=True)
     else:
         process = run("train.py", *command(folder), env=env)
@@ -459,7 +457,7 @@ def test_a_broken_state_is_refused(interrupted, refused, capsys):
         {"best": state["best"] | {"loss": 10**400}},
         {"curves": {"train": [(1, 10**400)], "val": []}},
         {"curves": {"train": [(1, torch.zeros(1))], "val": []}},
-        {"curves": {"train": (), "val": ()}},
+        {"curves": {"train": 1.0, "val": []}},
         {"curves": state["curves"] | {"x": [5]}},
         {"step": 450, "best": {}},
         {"flags": state["flags"] | {"data": "/dev/zero"}},
