@@ -14,7 +14,6 @@ import shlex
 import sys
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import accumulate
 from tempfile import TemporaryDirectory, gettempdir
 from textwrap import shorten
 
@@ -58,14 +57,6 @@ def split(names):
     return parts
 
 
-def first_rows(names, n):
-    """As many of the first names as make at most n windows."""
-    for i, end in enumerate(accumulate(len(name) + 1 for name in names)):
-        if end > n:
-            return names[: max(i, 1)]
-    return names
-
-
 def recipe(n, begun=False):
     """The flags that suit a list of n training windows, measured on many lists: tests/RESULTS.md.
 
@@ -73,11 +64,6 @@ def recipe(n, begun=False):
     """
     steps = min(200_000, 10_000 + n * 11 // 10)
     return {"dropout": round(min(0.3, 3.1 / n**0.25), 3), "steps": steps // 2 if begun else steps}
-
-
-def cut_share(dropout):
-    """The share of contexts that training cuts short, beside this share of channels left out."""
-    return min(0.8, max(0.0, 6 * (dropout - 0.15)))
 
 
 def chunk_size(args):
@@ -98,8 +84,9 @@ def draw(window, vocab_size, first, args):
     contexts, targets = contexts_and_targets(window[drawn])
     # Dropout of what is far away: of some contexts only the last 2 to 8 characters are left. So
     # what often follows a few characters is learnt wherever they stand, as by counts of n-grams.
+    share = min(0.8, max(0.0, 6 * (args.dropout - 0.15)))
     left = torch.randint(2, 9, (*shape, 1), generator=generator)
-    left[torch.rand(left.shape, generator=generator) >= cut_share(args.dropout)] = args.block_size
+    left[torch.rand(left.shape, generator=generator) >= share] = args.block_size
     contexts *= torch.arange(args.block_size, 0, -1) <= left
     contexts, targets = mine(contexts, targets)
     trees = distinct_rows(contexts.to(args.device), vocab_size, args.batch_size)
@@ -475,17 +462,15 @@ def resumed(parser, argv, unfinished):
 def check_state(state, net, steps):
     """Raises ValueError unless `state` can be one of train() for this network and these steps."""
     curves, best = state["curves"], state["best"]
-    if list(curves) != ["train", "val"] or any(
-        type(curve) is not list for curve in curves.values()
-    ):
+    if list(curves) != ["train", "val"]:
         raise ValueError("its curves are impossible")
     points = [*curves["train"], *curves["val"], (state["step"], state["loss_sum"])]
     points += [(best["step"], best["loss"]), (best["step"], best["scale"])] if best else []
     for step, value in points:
-        if type(step) is not int or not 0 <= step <= steps:
-            raise ValueError("its steps are impossible")
-        if type(value) is not float or not math.isfinite(value):
-            raise ValueError("its losses are impossible")
+        if type(step) is not int or type(value) is not float:
+            raise ValueError("its steps or losses are no numbers")
+        if not 0 <= step <= steps or not math.isfinite(value):
+            raise ValueError("its steps or losses are impossible")
     if best and not SCALES[0] <= best["scale"] <= SCALES[-1]:
         raise ValueError("its scale is impossible")
     check(state["state_dict"], net)
@@ -518,30 +503,26 @@ def files_of(out, data):
 
 @contextmanager
 def locked(out):
-    """Nobody else on this machine is inside for the same path."""
-    path = os.path.join(gettempdir(), hashlib.sha256(out.encode()).hexdigest()[:32])
+    """Nobody else on this machine is inside for the same path. Raises ValueError if somebody is."""
     try:
-        with FileLock(f"{path}.lock", timeout=0):
-            yield
+        name = hashlib.sha256(os.fsencode(out)).hexdigest()[:32] + ".lock"
+        lock = FileLock(os.path.join(gettempdir(), name))
+        lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another training writes to {out}: choose another --out") from None
+    except OSError as error:
+        what = f"there is no folder for temporary files ({error.strerror}): set TMPDIR to one"
+        raise ValueError(what) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_device(device):
     """Raises ValueError unless this machine has it."""
     if device != "cpu" and not getattr(torch, device).is_available():
         raise ValueError(f"this machine has no device {device!r}: leave out --device")
-
-
-def refuse_too_large(sizes):
-    """Raises ValueError when this machine's memory is too small for a network of these sizes."""
-    parameters, memory = model.count_parameters(**sizes), math.inf
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Four bytes for each weight, its gradient, its mean, and two copies when they are saved.
-    if (needed := 20 * parameters) > memory:
-        what = f"{parameters:,} parameters need {needed / 1e9:,.0f} GB of memory"
-        raise ValueError(f"{what}: take a smaller --n-hidden")
 
 
 def main(argv=None):
@@ -597,8 +578,6 @@ def read_list(args, state):
         what = "are not those of the unfinished training: give its list with --data"
         raise ValueError(f"the names in {args.data} {what}")
     vocab, parts = Vocabulary(names), dict(zip(("train", "test", "val"), split(names)))
-    # Of a large list no more is tested and validated on than is needed.
-    parts["test"], parts["val"] = (first_rows(parts[part], MEASURED) for part in ("test", "val"))
     known = set(parts["val"]).intersection(name for name in parts["train"])
     if unseen := [name for name in parts["val"] if name not in known]:
         parts["unseen"] = unseen
@@ -609,10 +588,11 @@ def read_list(args, state):
 
 
 def new_network(args, vocab, trained):
-    """The network before its first step. Raises ValueError when it is too large."""
+    """The network before its first step."""
     sizes = dict(vocab_size=len(vocab), block_size=args.block_size)
     sizes |= dict(n_embd=args.n_embd, n_hidden=args.n_hidden)
-    refuse_too_large(sizes)
+    # Five numbers for each weight, with its gradient, its mean, and two copies when they are saved:
+    torch.empty(5 * model.count_parameters(**sizes))  # where there is too little memory, this fails
     torch.manual_seed(args.seed)
     net = WaveNet(**sizes, dropout=args.dropout)
     if trained:
@@ -654,8 +634,10 @@ def run(args, state, trained, out, picture, unfinished):
         model.write_tensors(unfinished, state | {"names": digest, "flags": remembered})
 
     def one_name(net):
-        with suppress(ValueError):  # weights that overflow are noticed elsewhere
+        try:
             return "" if rank() else " ".join(generate(net, vocab, 1, max_length=30))
+        except ValueError:  # weights that overflow are noticed elsewhere
+            return ""
 
     signals = []
     with on_signals(signals.append):

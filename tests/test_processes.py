@@ -15,7 +15,9 @@ import model
 import train
 from model import load, read_names, read_tensors
 
-SMALL = "--batch-size 24 --block-size 8 --n-embd 6 --n-hidden 20 --steps 200 --checkpoint-every 70 --dropout 0.2".split()
+SIZES = "--batch-size 24 --block-size 8 --n-embd 6 --n-hidden 20 --dropout 0.2".split()
+SMALL = [*SIZES, "--steps", "200"]
+SHORT = [*SIZES, "--steps", "50", "--checkpoint-every", "20"]
 
 
 def in_processes(n, *args, before=lambda rank: None):
@@ -79,6 +81,14 @@ def alone(folder):
     return list(map(float, (folder / "alone.txt").read_text().split())), load(folder / "alone.pth")
 
 
+@pytest.fixture(scope="module")
+def short(folder):
+    """One process with fewer steps: its network."""
+    args = "--data", folder / "names.txt", "--out", folder / "short.pth", *SHORT
+    assert forked(train.main, *args).returncode == 0
+    return load(folder / "short.pth")[0]
+
+
 def close(net, other):
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name], rtol=2e-2, atol=2e-2)
@@ -99,12 +109,12 @@ def test_several_processes_do_what_one_does(folder, alone, n):
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_a_state_goes_on_with_another_number_of_processes(folder, alone, before, after):
+def test_a_state_goes_on_with_another_number_of_processes(folder, short, before, after):
     def stop(rank):
         calls, original = iter(range(100)), train.sgd_step
 
         def stopping(*args):
-            if next(calls) == 99 and rank == before - 1:
+            if next(calls) == 29 and rank == before - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*args)
 
@@ -114,19 +124,19 @@ def test_a_state_goes_on_with_another_number_of_processes(folder, alone, before,
         return in_processes(n, *args, **kwargs) if n > 1 else [forked(train.main, *args, before=lambda: kwargs.get("before", id)(0))]
 
     out = folder / f"from{before}to{after}.pth"
-    first, *_ = start(before, "--data", folder / "names.txt", "--out", out, *SMALL, before=stop)
+    first, *_ = start(before, "--data", folder / "names.txt", "--out", out, *SHORT, before=stop)
     assert first.returncode == 128 + signal.SIGTERM and "--resume" in first.stderr
-    assert read_tensors(f"{out}.unfinished", {}, "")["step"] == 100
+    assert read_tensors(f"{out}.unfinished", {}, "")["step"] == 30
     first, *_ = start(after, "--out", out, "--resume")
     assert first.returncode == 0, first.stderr
-    close(load(out)[0], alone[1][0])
+    close(load(out)[0], short)
 
 
 @pytest.mark.parametrize(
     "where, nth, killed, step",
-    [("sgd_step", 100, 1, 99), ("sgd_step", 100, 0, 70), ("recompute_statistics", 10, 1, 100), ("learning_rate", 100, 1, 99)],
+    [("sgd_step", 30, 1, 29), ("sgd_step", 30, 0, 20), ("recompute_statistics", 3, 1, 30)],
 )
-def test_when_one_is_killed_the_others_say_so_and_can_go_on(folder, alone, where, nth, killed, step):
+def test_when_one_is_killed_the_others_say_so_and_can_go_on(folder, short, where, nth, killed, step):
     def kill(rank):
         calls, original = iter(range(1, 1000)), getattr(train, where)
 
@@ -138,14 +148,14 @@ def test_when_one_is_killed_the_others_say_so_and_can_go_on(folder, alone, where
         setattr(train, where, dying)
 
     out = folder / f"killed-{where}-{killed}.pth"
-    processes = in_processes(3, "--data", folder / "names.txt", "--out", out, *SMALL, before=kill)
+    processes = in_processes(3, "--data", folder / "names.txt", "--out", out, *SHORT, before=kill)
     assert processes.pop(killed).returncode == -signal.SIGKILL
     for process in processes:
         assert process.returncode == 2 and "another process of this training has ended" in process.stderr, process.stderr
         assert "Traceback" not in process.stderr
     assert read_tensors(f"{out}.unfinished", {}, "")["step"] == step
     assert forked(train.main, "--out", out, "--resume").returncode == 0
-    close(load(out)[0], alone[1][0])
+    close(load(out)[0], short)
 
 
 def test_processes_that_see_different_things_are_refused(folder):
@@ -153,7 +163,7 @@ def test_processes_that_see_different_things_are_refused(folder):
         if rank:
             model.read_names = lambda path, progress: read_names(path)[1:]
 
-    args = ["--data", folder / "names.txt", "--out", folder / "refused.pth", *SMALL]
+    args = ["--data", folder / "names.txt", "--out", folder / "refused.pth", *SHORT]
     first, _ = in_processes(2, *args, before=other_list)
     assert (first.returncode, first.stdout) == (2, "") and "different names" in first.stderr
     first, _ = in_processes(2, *args, "--batch-size", 2, before=lambda rank: None)
@@ -165,7 +175,7 @@ def test_processes_that_see_different_things_are_refused(folder):
 def test_torchrun(folder):
     out = folder / "torchrun.pth"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
-    args = ["--data", str(folder / "names.txt"), "--out", str(out), *SMALL]
+    args = ["--data", str(folder / "names.txt"), "--out", str(out), *SHORT]
     process = subprocess.run(command + args, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("nats a character") == 1 and process.stderr.count("rows") == 1

@@ -82,9 +82,12 @@ AT = [
 ]
 
 
-@pytest.mark.parametrize("where, nth", AT)
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_at_any_moment_and_resumed_to_the_same_bytes(folder, undisturbed, where, nth, signum):
+@pytest.mark.parametrize(
+    "signum, where, nth",
+    [(signum, *at) for at in AT for signum in (signal.SIGTERM, signal.SIGKILL)]
+    + [(signal.SIGINT, "sgd_step", 123), (signal.SIGINT, "evaluate", 42)],
+)
+def test_stopped_at_any_moment_and_resumed_to_the_same_bytes(folder, undisturbed, signum, where, nth):
     process = train_until(where, nth, [signum], *command(folder))
     if signum == signal.SIGKILL:
         assert process.returncode == -signum
@@ -135,11 +138,14 @@ def test_resume_refuses_what_contradicts(interrupted, refused):
     refused(train.main, ["--out", interrupted / "other.pth", "--resume"], "nothing to resume")
 
 
-def test_a_second_training_to_the_same_file_is_refused(folder, refused):
+def test_a_second_training_to_the_same_file_is_refused(folder, refused, monkeypatch):
     (folder / "link.pth").symlink_to("own.pth")
     with train.locked(str(folder / "own.pth")):
         refused(train.main, command(folder), "another training")
         refused(train.main, ["--out", folder / "link.pth"], "another training")
+    monkeypatch.setattr(train, "gettempdir", lambda: str(folder / "none" / "names.txt"))
+    (folder / "none").write_text("")
+    refused(train.main, command(folder), "TMPDIR")
 
 
 def test_divergence_keeps_the_last_good_state(folder, refused, monkeypatch):

@@ -197,9 +197,6 @@ def test_of_a_large_list_the_first_rows_are_measured(tmp_path, monkeypatch):
     first, test, val = train.split(names)
     for part, rows in ("train", first), ("test", test), ("val", val):
         contexts, targets = contexts_and_targets(windows(rows, vocab, 4)[:500])
-        if part != "train":  # whole names
-            last = (targets == 0).nonzero()[-1].item() + 1
-            contexts, targets = contexts[:last], targets[:last]
         with torch.no_grad():
             assert made["losses"][part] == pytest.approx(F.cross_entropy(net(contexts), targets).item(), abs=1e-5)
 
@@ -334,14 +331,6 @@ def test_finished_network_is_the_best_one_scaled(monkeypatch):
     assert not kept.training and "Dropout" not in repr(kept)
     loss, scale = train.evaluate(kept, window)[0], kept[-1].weight[0, 0].item() / list(best["state_dict"].values())[-2][0, 0].item()
     assert loss == pytest.approx(best["loss"], abs=0.02) and scale == pytest.approx(best["scale"], abs=0.051)
-
-
-@given(name_lists, st.integers(1, 60))
-def test_first_rows(names, n):
-    some = train.first_rows(names, n)
-    assert names[: len(some)] == some and len(some) >= 1
-    assert sum(len(name) + 1 for name in some) <= n or len(some) == 1
-    assert len(some) == len(names) or sum(len(name) + 1 for name in names[: len(some) + 1]) > n
 
 
 def test_evaluate_is_the_mean_over_all_windows():
