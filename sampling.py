@@ -22,10 +22,8 @@ import torch
 from layers import BatchNorm1d, Linear
 from model import canonical, digest, load, out_of_memory, read_names
 
-HERE = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
-NAMES, MODEL = (
-    os.path.normpath(os.path.join(HERE, name)) for name in ("names.txt", "model_state.pth")
-)
+HERE = os.path.dirname(os.path.abspath(__file__))
+NAMES, MODEL = (os.path.relpath(f"{HERE}/{name}") for name in ("names.txt", "model_state.pth"))
 LARGEST_LINE = 2**20  # characters of a line of names to score
 BATCH = 8192  # names drawn at once
 LONGEST = 1000  # characters of a name; a network that never ends one would be asked for ever
@@ -83,19 +81,16 @@ def nobody():
 
 def remark(text):
     """Print one line on stderr, what is not printable escaped, whether anybody listens or not."""
-    line = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    shown = (char if char.isprintable() else repr(char)[1:-1] for char in text)
     try:
-        print(line, file=sys.stderr, flush=True)
+        print("".join(shown), file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = nobody()
 
 
 @contextmanager
 def on_signals(handler):
-    """Inside, the first signal to stop calls handler(signum), and a second ends the program at
-    once.
+    """Inside, the first signal to stop calls handler(signum), and a second one ends it at once.
 
     A signal that was ignored, as in the background of a script, stays so.
     """
@@ -249,9 +244,7 @@ def condition(min_length=0, match="", known=None):
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of what later versions of Python may take in another way
+            warnings.simplefilter("ignore")  # of what later Pythons may take in another way
             pattern = re.compile(match)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"--match {match!r} is not a regular expression: {error}") from None
@@ -331,21 +324,15 @@ def flags():
     add("--new", action="store_true", help="that are not in the list it was trained on, each once")
     add("--data", metavar="LIST", help="that list; None: names.txt, if it was trained on that")
     add = parser.add_argument_group("how they are drawn").add_argument
-    temperature = number(float, 1e-6, 1e6)
+    positive = number(float, 1e-6, 1e6)
     add("--model", metavar="FILE", default=MODEL, help="the network, as train.py wrote it")
-    add(
-        "--temperature", type=temperature, metavar="T", default=1.0, help="below 1 more usual names"
-    )
+    add("--temperature", type=positive, metavar="T", default=1.0, help="below 1 more usual names")
     add("--top-k", type=count, metavar="K", help="only from the K likeliest characters; None: all")
     seed, threads = number(int, 0, 2**32 - 1), number(int, 1, 1024)
     add("--seed", type=seed, metavar="N", help="the same names at every run; None: others")
     add("--threads", type=threads, metavar="N", default=1, help="processor cores to use")
     add = parser.add_argument_group("instead of drawing").add_argument
-    add(
-        "--score",
-        metavar="FILE",
-        help="print the loss of each name of this file; -: standard input",
-    )
+    add("--score", metavar="FILE", help="print each name of this file with its loss; -: of stdin")
     return parser
 
 
@@ -385,9 +372,8 @@ def run(args):
     def sample(size):
         names = generate(net, vocab, size, start, args.temperature, args.top_k, args.max_length)
         if not names and args.max_length == LONGEST:
-            raise ValueError(
-                f"{args.model}: none of {size:,} names ended within {LONGEST:,} characters"
-            )
+            what = f"none of {size:,} names ended within {LONGEST:,} characters"
+            raise ValueError(f"{args.model}: {what}")
         return names
 
     for name in draw(sample, args.num_samples, wanted, batch):
@@ -411,9 +397,8 @@ def lines(path):
         with open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace") as file:
             while line := file.readline(LARGEST_LINE):
                 if len(line) == LARGEST_LINE:
-                    raise ValueError(
-                        f"{path} holds a line of more than {LARGEST_LINE:,} characters"
-                    )
+                    what = f"holds a line of more than {LARGEST_LINE:,} characters"
+                    raise ValueError(f"{path} {what}")
                 if name := canonical(line):
                     yield name
     except OSError as error:
