@@ -1,6 +1,6 @@
 """Times the project against plain code that does the same, in turn, and prints the ratios.
 
-    python tests/benchmark.py          about fifteen minutes; close other programs first
+python tests/benchmark.py          about fifteen minutes; close other programs first
 """
 
 import statistics
@@ -35,7 +35,10 @@ class PlainNet:
             self.levels.append([weight, torch.ones(n_hidden), torch.zeros(n_hidden)])
             block_size, n_in = block_size // 2, n_hidden
         self.running = [[torch.zeros(n_hidden), torch.ones(n_hidden)] for _ in self.levels]
-        self.head, self.bias = torch.randn(n_in, vocab_size) * 0.1 / n_in**0.5, torch.zeros(vocab_size)
+        self.head, self.bias = (
+            torch.randn(n_in, vocab_size) * 0.1 / n_in**0.5,
+            torch.zeros(vocab_size),
+        )
         self.parameters = [self.embedding, self.head, self.bias, *sum(self.levels, [])]
         for parameter in self.parameters:
             parameter.requires_grad_()
@@ -85,7 +88,7 @@ def in_turn(ours, plain):
 
 
 def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
-    """A function that takes train.py's first `steps` steps of SGD, and the training windows of names.txt."""
+    """(A function that takes train.py's first `steps` steps, training windows, vocabulary)."""
     names = read_names(ROOT / "names.txt")
     vocab = Vocabulary(names)
     window = windows(train.split(names)[0], vocab, block_size)
@@ -147,7 +150,7 @@ def sampling(n=20_000):
 
 
 def worker(steps=20):
-    """One of several processes, or the only one: prints the seconds that some steps of a large network take."""
+    """One of several processes, or the only one: prints the seconds of some large steps."""
     torch.set_num_threads(1)
     with train.process_group("cpu"):
         ours, *_ = ours_and_names(16, 24, 1024, 0.0, 1024)
@@ -162,9 +165,14 @@ def two_processes(rounds=5):
     ratios = []
     for _ in range(rounds):
         seconds = []
-        for launcher in [], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]:
+        for launcher in (
+            [],
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        ):
             command = [sys.executable, *launcher, str(ROOT / "tests/benchmark.py"), "--worker"]
-            seconds.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            seconds.append(
+                float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            )
         ratios.append(seconds[0] / seconds[1])
     return ratios
 
@@ -197,30 +205,54 @@ def peak_memory(*command):
 
 def training_memory(folder, data):
     out = Path(folder) / "model.pth"
-    return [peak_memory(ROOT / "train.py", "--data", data, "--out", out, "--steps", 1000) for _ in range(3)]
+    return [
+        peak_memory(ROOT / "train.py", "--data", data, "--out", out, "--steps", 1000)
+        for _ in range(3)
+    ]
 
 
 def row(what, against, values, unit):
     values = sorted(values)
-    print(f"| {what} | {against} | {statistics.median(values):.2f}{unit} | {values[0]:.2f} to {values[-1]:.2f} |", flush=True)
+    print(
+        f"| {what} | {against} | {statistics.median(values):.2f}{unit} "
+        f"| {values[0]:.2f} to {values[-1]:.2f} |",
+        flush=True,
+    )
 
 
 def main():
     print("| what | against | median | spread |\n| --- | --- | --- | --- |")
     for sizes, batch_size in ((16, 24, 280), 32), ((8, 24, 128), 32), ((16, 24, 280), 96):
         for threads, dropout in (1, 0.0), (2, 0.0), (1, 0.15):
-            what = "training step, block {}, E {}, H {}, batch {}, {} thread{}".format(*sizes, batch_size, threads, "s" * (threads > 1))
+            what = "training step, block {}, E {}, H {}, batch {}, {} thread{}".format(
+                *sizes, batch_size, threads, "s" * (threads > 1)
+            )
             what += ", ours with dropout 0.15" * (dropout > 0)
             row(what, "plain code", training_step(*sizes, threads, dropout, batch_size), "x")
-    row("training step, block 16, E 24, H 1024, batch 1024, two processes", "one", two_processes(), "x")
+    row(
+        "training step, block 16, E 24, H 1024, batch 1024, two processes",
+        "one",
+        two_processes(),
+        "x",
+    )
     row("20,000 names, 1 thread, start-up taken off", "one at a time", sampling(), "x")
     row("time of `python sampling.py`", '`python -c "import torch"`', start_up(), "x")
     with tempfile.TemporaryDirectory() as folder:
-        row("peak memory of training", "above `import torch`", training_memory(folder, ROOT / "names.txt"), " MB")
+        row(
+            "peak memory of training",
+            "above `import torch`",
+            training_memory(folder, ROOT / "names.txt"),
+            " MB",
+        )
         million = Path(folder) / "million.txt"
         text = (ROOT / "names.txt").read_text()
         million.write_text("".join((text * 32).splitlines(keepends=True)[:1_000_000]))
-        row("the same, 1,000,000 rows", "above `import torch`", training_memory(folder, million), " MB")
+        row(
+            "the same, 1,000,000 rows",
+            "above `import torch`",
+            training_memory(folder, million),
+            " MB",
+        )
 
 
 if __name__ == "__main__":

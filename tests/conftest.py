@@ -19,14 +19,16 @@ import sampling
 import train
 
 sampling.PAUSE = 10**9  # no test depends on how long a thing takes
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes; two threads on a busy machine wait for each other
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # for the processes; two threads on a busy machine wait for each other
+)
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("default")
 
 
 def run(script, *args, **kwargs):
-    """Run a script of the project as its own process -> the finished process, with its output as text."""
+    """Run a script of the project as its own process -> the finished process, with its output."""
     kwargs = dict(capture_output=True, text=True, timeout=120) | kwargs
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], **kwargs)
 
@@ -52,7 +54,9 @@ def forked(main, *args, before=lambda: None):
                 os._exit(status)
         _, status = os.waitpid(pid, 0)
         out.seek(0), err.seek(0)
-        return subprocess.CompletedProcess(args, os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode())
+        return subprocess.CompletedProcess(
+            args, os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode()
+        )
 
 
 def train_until(where, nth, signums, *args):
@@ -72,7 +76,7 @@ def train_until(where, nth, signums, *args):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, args, *words): main ends with status 2 and one line on stderr that holds the words."""
+    """refused(main, args, *words): status 2, and one line on stderr that holds the words."""
 
     def check(main, args, *words):
         with pytest.raises(SystemExit) as exit:
@@ -92,6 +96,8 @@ def tiny(tmp_path_factory):
     names = ["ada", "bea", "cleo", "dora", "edda", "finn", "gus", "hal", "ida", "jo", "kai", "lea"]
     (folder / "names.txt").write_text("\n".join(names) + "\n")
     small = "--steps 40 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
-    process = forked(train.main, "--data", folder / "names.txt", "--out", folder / "model.pth", *small)
+    process = forked(
+        train.main, "--data", folder / "names.txt", "--out", folder / "model.pth", *small
+    )
     assert process.returncode == 0, process.stderr
     return folder

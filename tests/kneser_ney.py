@@ -1,7 +1,8 @@
 """Interpolated Kneser-Ney counts, the measure to beat; Chen & Goodman 1998.
 
-    python tests/kneser_ney.py              names.txt: a 6-gram with discount 0.85
-    python tests/kneser_ney.py LIST ...     a table: for each list the order and discount of least validation loss
+python tests/kneser_ney.py              names.txt: a 6-gram with discount 0.85
+python tests/kneser_ney.py LIST ...     a table: for each list the order and discount of least
+validation loss
 """
 
 import math
@@ -39,7 +40,10 @@ class KneserNey:
             for context, followers in self.counts[n + 1].items():
                 for char in followers:
                     self.counts[n][context[1:]][char] += 1
-        self.totals = [{context: sum(seen.values()) for context, seen in level.items()} for level in self.counts]
+        self.totals = [
+            {context: sum(seen.values()) for context, seen in level.items()}
+            for level in self.counts
+        ]
 
     def chance(self, char, context):
         context = (END * self.order + context)[len(context) + 1 :]
@@ -60,7 +64,9 @@ class KneserNey:
             for i, char in enumerate(name + END):
                 total -= math.log(self.chance(char, name[:i])) / temperature
                 if temperature != 1:
-                    total += math.log(sum(self.chance(char, name[:i]) ** (1 / temperature) for char in self.chars))
+                    total += math.log(
+                        sum(self.chance(char, name[:i]) ** (1 / temperature) for char in self.chars)
+                    )
                 n += 1
         return total / n
 
@@ -75,7 +81,7 @@ class KneserNey:
 
 
 def tuned(names):
-    """The counts of the training split, with the order and discount that suit the validation split best."""
+    """The counts of the training split, order and discount of the least validation loss."""
     train, _, val = split(names)
     best, least = None, math.inf
     for order in range(3, 8):
@@ -95,9 +101,15 @@ def main():
         known = set(train)
         model = KneserNey(train, "".join(names))
         unseen = [name for name in val if name not in known]
-        print(f"train {model.loss(train):.3f}  val {model.loss(val):.3f}  unseen {model.loss(unseen):.3f}")
+        print(
+            f"train {model.loss(train):.3f}  val {model.loss(val):.3f}  "
+            f"unseen {model.loss(unseen):.3f}"
+        )
         return
-    print("| list | rows | order | discount | val | test | samples in the list |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| list | rows | order | discount | val | test | samples in the list |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
+    )
     for path in sys.argv[1:]:
         names = read_names(path)
         model, (_, test, val) = tuned(names), split(names)
@@ -105,7 +117,9 @@ def main():
         rows = set(names)
         known = sum(model.draw() in rows for _ in range(1000)) / 1000
         what = f"{os.path.basename(path)} | {len(names):,} | {model.order} | {model.discount:.2f}"
-        print(f"| {what} | {model.loss(val):.3f} | {model.loss(test):.3f} | {known:.1%} |", flush=True)
+        print(
+            f"| {what} | {model.loss(val):.3f} | {model.loss(test):.3f} | {known:.1%} |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -23,14 +23,27 @@ def test_train_then_sample(tmp_path):
     assert len(names) == 10
     assert "own.pth" in written and "own.png" in written
     assert "30 rows, 7 characters" in process.stderr
-    assert "--dropout 0.3, which suits 96 training windows" in process.stderr and "--steps" not in process.stderr
+    assert (
+        "--dropout 0.3, which suits 96 training windows" in process.stderr
+        and "--steps" not in process.stderr
+    )
     assert sorted(os.listdir(tmp_path)) == ["list.txt", "own.png", "own.pth"]
     assert (tmp_path / "own.png").read_bytes().startswith(b"\x89PNG")
     made = torch.load(tmp_path / "own.pth", weights_only=True)["made"]
     assert (made["steps"], made["seed"], made["torch"]) == (20, 1, torch.__version__)
     assert f"{made['losses']['val']:.4f}" == values[2]
 
-    process = run("sampling.py", "--model", "own.pth", "--start", "zo", "-n", 3, cwd=tmp_path, encoding="utf-8")
+    process = run(
+        "sampling.py",
+        "--model",
+        "own.pth",
+        "--start",
+        "zo",
+        "-n",
+        3,
+        cwd=tmp_path,
+        encoding="utf-8",
+    )
     assert process.returncode == 0 and process.stderr == ""
     assert all(name.startswith("zo") for name in process.stdout.splitlines())
 
@@ -90,7 +103,12 @@ def test_flags_out_of_range(tiny, tmp_path, refused, flag, values):
 
 def test_output_that_cannot_be_written_is_said_first(tiny, tmp_path, refused):
     (tmp_path / "file").write_text("")
-    for out in tmp_path / "none" / "own.pth", tmp_path / "file" / "own.pth", tmp_path, "/proc/own.pth":
+    for out in (
+        tmp_path / "none" / "own.pth",
+        tmp_path / "file" / "own.pth",
+        tmp_path,
+        "/proc/own.pth",
+    ):
         refused(main, ["--data", tiny / "names.txt", "--out", out, *SMALL], str(out))
 
 

@@ -63,7 +63,11 @@ def test_embedding_refuses_an_index_outside(index):
 def test_linear(B, T, n_in, n_out, bias, seed):
     torch.manual_seed(seed)
     for shape in (B, n_in), (B, T, n_in):
-        check_against(layers.Linear(n_in, n_out, bias), nn.Linear(n_in, n_out, bias), torch.randn(shape).double())
+        check_against(
+            layers.Linear(n_in, n_out, bias),
+            nn.Linear(n_in, n_out, bias),
+            torch.randn(shape).double(),
+        )
 
 
 def test_linear_keeps_the_variance():
@@ -83,7 +87,9 @@ def test_flatten_consecutive(B, groups, C, n, seed):
     torch.manual_seed(seed)
     x = torch.randn(B, groups * n, C)
     layer = layers.FlattenConsecutive(n)
-    expected = torch.stack([torch.cat([x[:, group * n + i] for i in range(n)], 1) for group in range(groups)], 1)
+    expected = torch.stack(
+        [torch.cat([x[:, group * n + i] for i in range(n)], 1) for group in range(groups)], 1
+    )
     if groups == 1:
         expected = expected[:, 0]
     with torch.no_grad():
@@ -106,11 +112,20 @@ def random_norm(C, **kwargs):
     return ours
 
 
-@given(st.integers(2, 7), sizes, sizes, st.sampled_from([0.0, 0.1, 0.5, 1.0, None]), st.sampled_from([1e-5, 1e-2]), seeds)
+@given(
+    st.integers(2, 7),
+    sizes,
+    sizes,
+    st.sampled_from([0.0, 0.1, 0.5, 1.0, None]),
+    st.sampled_from([1e-5, 1e-2]),
+    seeds,
+)
 def test_batch_norm(B, T, C, momentum, eps, seed):
     torch.manual_seed(seed)
     kwargs = dict(eps=eps, momentum=momentum)
-    check_against(random_norm(C, **kwargs), nn.BatchNorm1d(C, **kwargs), torch.randn(B, C).double() * 3 + 1)
+    check_against(
+        random_norm(C, **kwargs), nn.BatchNorm1d(C, **kwargs), torch.randn(B, C).double() * 3 + 1
+    )
 
     # torch.nn has the channels of three dimensions in the middle.
     class Twin(nn.BatchNorm1d):
@@ -176,14 +191,16 @@ def test_batch_norm_refuses_other_shapes(shape):
 
 @given(st.sampled_from([0.05, 0.3, 0.5, 0.9]), st.sampled_from([(3,), (2, 3)]), seeds)
 def test_dropout(p, batch, seed):
-    """Whole channels are 0, the others divided by 1 - p; as many as p says; nothing happens in eval mode."""
+    """Whole channels are 0, as many as p says, the others divided by 1 - p; not in eval mode."""
     torch.manual_seed(seed)
     layer, x = layers.Dropout(p), torch.randn(*batch, 2000) + 9
     with torch.no_grad():
         y = layer(x)
         kept = y[(0,) * len(batch)] != 0
         torch.testing.assert_close(y, x * kept / (1 - p))
-        assert kept.float().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / 2000) ** 0.5)
+        assert kept.float().mean().item() == pytest.approx(
+            1 - p, abs=5 * (p * (1 - p) / 2000) ** 0.5
+        )
         g = torch.randn_like(x)
         torch.testing.assert_close(layer.backward(g), g * kept / (1 - p))
         assert not torch.equal(layer(x), y)

@@ -10,11 +10,24 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-import model
 from layers import Level, backward_distinct, distinct_rows, forward_distinct
-from model import END, Vocabulary, WaveNet, contexts_and_targets, load, read_names, save, transfer, windows, write_tensors
+from model import (
+    END,
+    Vocabulary,
+    WaveNet,
+    contexts_and_targets,
+    load,
+    read_names,
+    save,
+    transfer,
+    windows,
+    write_tensors,
+)
 
-texts = st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), min_size=1), min_size=1)
+texts = st.lists(
+    st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), min_size=1),
+    min_size=1,
+)
 
 
 @given(texts)
@@ -45,7 +58,11 @@ class Flatten(nn.Module):
 
 class Norm(nn.BatchNorm1d):
     def forward(self, x):
-        return super().forward(x.transpose(1, 2)).transpose(1, 2) if x.dim() == 3 else super().forward(x)
+        return (
+            super().forward(x.transpose(1, 2)).transpose(1, 2)
+            if x.dim() == 3
+            else super().forward(x)
+        )
 
 
 def twin(vocab_size, block_size, n_embd, n_hidden):
@@ -96,7 +113,7 @@ def test_network_is_the_torch_stack(seed, **config):
 
 @given(**sizes)
 def test_distinct_rows_change_nothing(seed, **config):
-    """Logits, gradients and running statistics from distinct_rows()'s trees are those of the whole windows."""
+    """Logits, gradients and running statistics from trees are those of the whole windows."""
     net, same = random_net(seed, **config), twin(**config).double()
     K, B, T, V = 3, 6, config["block_size"], config["vocab_size"]
     contexts = torch.stack([padded_contexts(B, T, V) for _ in range(K)])
@@ -106,11 +123,19 @@ def test_distinct_rows_change_nothing(seed, **config):
         targets = torch.randint(V, (B,))
         logits = same(batch)
         F.cross_entropy(logits, targets).backward()
-        tree = [Level(children, (weights.double() * n).round() / n, n) for children, weights, n in levels], ids
+        tree = (
+            [
+                Level(children, (weights.double() * n).round() / n, n)
+                for children, weights, n in levels
+            ],
+            ids,
+        )
         with torch.no_grad():
             torch.testing.assert_close(forward_distinct(net, tree), logits)
             backward_distinct(net, tree, (logits.softmax(1) - F.one_hot(targets, V)) / B)
-        torch.testing.assert_close([p.grad for p in net.parameters()], [p.grad for p in same.parameters()])
+        torch.testing.assert_close(
+            [p.grad for p in net.parameters()], [p.grad for p in same.parameters()]
+        )
         torch.testing.assert_close(net.state_dict(), same.state_dict())
 
 
@@ -122,10 +147,16 @@ def test_distinct_rows_hold_each_distinct_row_once(K, B, T, V):
         rows = [(code,) for code in range(V)]
         for level, (children, weights, n) in enumerate(levels, 1):
             rows = [rows[left] + rows[right] for left, right in children.view(-1, 2).tolist()]
-            parts = [tuple(part) for context in batch.tolist() for part in zip(*[iter(context)] * 2**level)]
+            parts = [
+                tuple(part)
+                for context in batch.tolist()
+                for part in zip(*[iter(context)] * 2**level)
+            ]
             assert sorted(rows) == sorted(set(parts))
             assert n == len(parts)
-            torch.testing.assert_close(weights, torch.tensor([parts.count(row) / n for row in rows]))
+            torch.testing.assert_close(
+                weights, torch.tensor([parts.count(row) / n for row in rows])
+            )
         assert [rows[i] for i in ids] == [tuple(context) for context in batch.tolist()]
 
 
@@ -133,15 +164,19 @@ def test_distinct_rows_of_the_worked_example():
     """That in the docstring of distinct_rows()."""
     vocab = Vocabulary(["aen"])
     contexts = torch.tensor([[0, 0, *vocab.encode(text)] for text in ("an", "en")])
-    ((one, two), ids), = distinct_rows(contexts[None], len(vocab))
-    assert (one.children.tolist(), one.weights.tolist(), one.n) == ([0, 0, 1, 3, 2, 3], [0.5, 0.25, 0.25], 4)
+    (((one, two), ids),) = distinct_rows(contexts[None], len(vocab))
+    assert (one.children.tolist(), one.weights.tolist(), one.n) == (
+        [0, 0, 1, 3, 2, 3],
+        [0.5, 0.25, 0.25],
+        4,
+    )
     assert (two.children.tolist(), two.weights.tolist(), two.n) == ([0, 1, 0, 2], [0.5, 0.5], 2)
     assert ids.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("block_size", [2, 4, 8, 16])
 def test_causal_tree(block_size):
-    """A logit depends on every character of the window, and each level's row on exactly its own part."""
+    """A logit depends on every character of the window, a level's row on its own part."""
     torch.manual_seed(0)
     net = WaveNet(5, block_size, 3, 8).double().eval()
     embedded = net[0](torch.randint(5, (1, block_size))).detach().requires_grad_()
@@ -207,7 +242,12 @@ SIZES = dict(vocab_size=3, block_size=4, n_embd=2, n_hidden=5)
 
 def checkpoint(**changes):
     net, vocab = WaveNet(**SIZES), Vocabulary(["ab"])
-    return {"config": SIZES, "vocab": vocab.chars, "made": {}, "state_dict": net.state_dict()} | changes
+    return {
+        "config": SIZES,
+        "vocab": vocab.chars,
+        "made": {},
+        "state_dict": net.state_dict(),
+    } | changes
 
 
 class Code:
@@ -257,7 +297,13 @@ def test_missing_checkpoint_is_refused(tmp_path):
 
 def test_names_are_read_whatever_the_line_ends(tmp_path):
     path = tmp_path / "names.txt"
-    for data in b"ada\nbea\n", b"ada\r\nbea\r\n", b"ada\nbea", b"\xef\xbb\xbfada\nbea\n", b"\n  ada \t\n\n \nbea\n\n":
+    for data in (
+        b"ada\nbea\n",
+        b"ada\r\nbea\r\n",
+        b"ada\nbea",
+        b"\xef\xbb\xbfada\nbea\n",
+        b"\n  ada \t\n\n \nbea\n\n",
+    ):
         path.write_bytes(data)
         assert read_names(path) == ["ada", "bea"]
     path.write_text("jean luc\nz\u0307o\u0301łc\u0301\n名\n", encoding="utf-8")
@@ -293,7 +339,7 @@ def test_names_with_a_full_stop_are_names_like_any_others(tmp_path):
 
 
 def test_transfer():
-    """By name: shared characters keep their rows, capitals begin as small letters, new ones as they were."""
+    """Shared characters keep their rows, capitals begin as small letters, others anew."""
     old_vocab, vocab = Vocabulary(["abz", "é"]), Vocabulary(["A. Zab"])
     assert (old_vocab.end, vocab.end) == (".", "\n")
     trained, net = WaveNet(len(old_vocab), 4, 3, 5), WaveNet(len(vocab), 4, 3, 5, dropout=0.2)

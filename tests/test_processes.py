@@ -1,10 +1,11 @@
-"""Several processes do what one does: every loss, the weights, and what happens when one of them ends."""
+"""Several processes do what one does: every loss, the weights; and when one of them ends."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ SHORT = [*SIZES, "--steps", "50", "--checkpoint-every", "20"]
 
 
 def in_processes(n, *args, before=lambda rank: None):
-    """train.main in n forks, with the environment that torchrun gives -> the finished processes, by rank."""
+    """train.main in n forks, in torchrun's environment -> the finished processes, by rank."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -30,9 +31,16 @@ def in_processes(n, *args, before=lambda rank: None):
     for rank in range(n):
         read, write = os.pipe()
         if os.fork() == 0:
-            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_ADDR="localhost", MASTER_PORT=port, TORCHELASTIC_RUN_ID=1)
+            env = dict(
+                RANK=rank,
+                LOCAL_RANK=rank,
+                WORLD_SIZE=n,
+                MASTER_ADDR="localhost",
+                MASTER_PORT=port,
+                TORCHELASTIC_RUN_ID=1,
+            )
             os.environ.update({key: str(value) for key, value in env.items()})
-            process = forked(train.main, *args, before=lambda: before(rank))
+            process = forked(train.main, *args, before=partial(before, rank))
             with open(write, "w") as file:
                 file.write(repr((process.returncode, process.stdout, process.stderr)))
             os._exit(0)
@@ -101,11 +109,17 @@ def test_several_processes_do_what_one_does(folder, alone, n):
     assert first.returncode == 0, first.stderr
     assert all((other.returncode, other.stdout, other.stderr) == (0, "", "") for other in others)
     losses, (net, vocab, made) = alone
-    torch.testing.assert_close(list(map(float, (folder / f"{n}.txt").read_text().split())), losses, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        list(map(float, (folder / f"{n}.txt").read_text().split())), losses, rtol=0, atol=1e-3
+    )
     again = load(folder / f"{n}.pth")
     close(again[0], net)
     assert again[2]["losses"] == pytest.approx(made["losses"], abs=2e-3)
-    assert {name for name in os.listdir(folder) if name.startswith(f"{n}.")} == {f"{n}.png", f"{n}.pth", f"{n}.txt"}
+    assert {name for name in os.listdir(folder) if name.startswith(f"{n}.")} == {
+        f"{n}.png",
+        f"{n}.pth",
+        f"{n}.txt",
+    }
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
@@ -121,7 +135,11 @@ def test_a_state_goes_on_with_another_number_of_processes(folder, short, before,
         train.sgd_step = stopping
 
     def start(n, *args, **kwargs):
-        return in_processes(n, *args, **kwargs) if n > 1 else [forked(train.main, *args, before=lambda: kwargs.get("before", id)(0))]
+        return (
+            in_processes(n, *args, **kwargs)
+            if n > 1
+            else [forked(train.main, *args, before=lambda: kwargs.get("before", id)(0))]
+        )
 
     out = folder / f"from{before}to{after}.pth"
     first, *_ = start(before, "--data", folder / "names.txt", "--out", out, *SHORT, before=stop)
@@ -136,7 +154,9 @@ def test_a_state_goes_on_with_another_number_of_processes(folder, short, before,
     "where, nth, killed, step",
     [("sgd_step", 30, 1, 29), ("sgd_step", 30, 0, 20), ("recompute_statistics", 3, 1, 30)],
 )
-def test_when_one_is_killed_the_others_say_so_and_can_go_on(folder, short, where, nth, killed, step):
+def test_when_one_is_killed_the_others_say_so_and_can_go_on(
+    folder, short, where, nth, killed, step
+):
     def kill(rank):
         calls, original = iter(range(1, 1000)), getattr(train, where)
 
@@ -151,7 +171,10 @@ def test_when_one_is_killed_the_others_say_so_and_can_go_on(folder, short, where
     processes = in_processes(3, "--data", folder / "names.txt", "--out", out, *SHORT, before=kill)
     assert processes.pop(killed).returncode == -signal.SIGKILL
     for process in processes:
-        assert process.returncode == 2 and "another process of this training has ended" in process.stderr, process.stderr
+        assert (
+            process.returncode == 2
+            and "another process of this training has ended" in process.stderr
+        ), process.stderr
         assert "Traceback" not in process.stderr
     assert read_tensors(f"{out}.unfinished", {}, "")["step"] == step
     assert forked(train.main, "--out", out, "--resume").returncode == 0
@@ -174,7 +197,15 @@ def test_processes_that_see_different_things_are_refused(folder):
 
 def test_torchrun(folder):
     out = folder / "torchrun.pth"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "train.py"),
+    ]
     args = ["--data", str(folder / "names.txt"), "--out", str(out), *SHORT]
     process = subprocess.run(command + args, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr

@@ -26,7 +26,8 @@ import sampling
 import train
 from model import load, read_names, read_tensors, save, write, write_tensors
 
-SMALL = "--batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8 --steps 450 --checkpoint-every 70".split()
+SIZES = "--batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
+SMALL = [*SIZES, *"--steps 450 --checkpoint-every 70".split()]
 
 
 def command(folder, *more):
@@ -87,13 +88,17 @@ AT = [
     [(signum, *at) for at in AT for signum in (signal.SIGTERM, signal.SIGKILL)]
     + [(signal.SIGINT, "sgd_step", 123), (signal.SIGINT, "evaluate", 42)],
 )
-def test_stopped_at_any_moment_and_resumed_to_the_same_bytes(folder, undisturbed, signum, where, nth):
+def test_stopped_at_any_moment_and_resumed_to_the_same_bytes(
+    folder, undisturbed, signum, where, nth
+):
     process = train_until(where, nth, [signum], *command(folder))
     if signum == signal.SIGKILL:
         assert process.returncode == -signum
     else:
         assert (process.returncode, process.stdout) == (128 + signum, "")
-        assert process.stderr.splitlines()[-1].startswith("stopped") and "--resume" in process.stderr
+        assert (
+            process.stderr.splitlines()[-1].startswith("stopped") and "--resume" in process.stderr
+        )
         left = ["names.txt", "own.png", "own.pth", "own.pth.unfinished"]
         assert [name for name in left if name in os.listdir(folder)] == sorted(os.listdir(folder))
     if where != "plot":
@@ -108,7 +113,9 @@ def test_stopped_at_any_moment_and_resumed_to_the_same_bytes(folder, undisturbed
 @pytest.mark.parametrize("script", ["train.py", "sampling.py"])
 def test_stopped_while_torch_is_imported(script, tmp_path):
     """A module torch that takes its time; no traceback, whoever imports it."""
-    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(60)")
+    (tmp_path / "torch.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(60)"
+    )
     process = run(script, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (process.returncode, process.stdout, process.stderr) == (-signal.SIGINT, "", "")
 
@@ -150,7 +157,9 @@ def test_a_second_training_to_the_same_file_is_refused(folder, refused, monkeypa
 
 def test_divergence_keeps_the_last_good_state(folder, refused, monkeypatch):
     original, steps = train.sgd_step, iter(range(10**9))
-    monkeypatch.setattr(train, "sgd_step", lambda *args: original(*args) if next(steps) < 150 else float("nan"))
+    monkeypatch.setattr(
+        train, "sgd_step", lambda *args: original(*args) if next(steps) < 150 else float("nan")
+    )
     with pytest.raises(SystemExit) as exit:
         train.main(command(folder))
     assert exit.value.code == 2
@@ -164,20 +173,31 @@ def test_a_learning_rate_that_overflows_replaces_nothing(folder):
     sizes = "--batch-size", 96, "--block-size", 16, "--n-embd", 24, "--n-hidden", 280, "--steps", 50
     process = forked(train.main, *command(folder, *sizes, "--lr", 1e6))
     assert (process.returncode, process.stdout) == (2, "")
-    assert "--lr 1000000.0 is too high" in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
+    assert (
+        "--lr 1000000.0 is too high" in process.stderr.splitlines()[-1]
+        and "Traceback" not in process.stderr
+    )
     assert (folder / "own.pth").read_bytes() == b"an older network"
 
 
 def test_a_network_that_is_not_finite_is_refused(tmp_path):
     vocab = model.Vocabulary(["ab"])
-    for name, value in ("0.weight", math.nan), ("2.weight", math.inf), ("3.running_mean", math.nan), ("3.running_var", -1e-3):
+    for name, value in (
+        ("0.weight", math.nan),
+        ("2.weight", math.inf),
+        ("3.running_mean", math.nan),
+        ("3.running_var", -1e-3),
+    ):
         net = model.WaveNet(3, 4, 2, 5)
         net.state_dict()[name].view(-1)[1] = value
         with pytest.raises(ValueError, match=name):
             save(tmp_path / "own.pth", net, vocab, {})
         assert os.listdir(tmp_path) == []
         state = {name: tensor for name, tensor in net.state_dict().items()}
-        write_tensors(tmp_path / "bad.pth", {"config": net.config, "vocab": vocab.chars, "made": {}, "state_dict": state})
+        write_tensors(
+            tmp_path / "bad.pth",
+            {"config": net.config, "vocab": vocab.chars, "made": {}, "state_dict": state},
+        )
         with pytest.raises(ValueError, match=name):
             load(tmp_path / "bad.pth")
         os.remove(tmp_path / "bad.pth")
@@ -193,10 +213,24 @@ def test_out_is_no_other_file_of_the_run_and_no_device(folder, refused):
     (folder / "loop.pth").symlink_to("loop.pth")
     (folder / "names.png").symlink_to("names.txt")
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    outs = "loop.pth", "names.pth", "names.txt", "own.pth.unfinished", "loss.png", "picture.pth", "fifo.pth", "device.pth", ""
+    outs = (
+        "loop.pth",
+        "names.pth",
+        "names.txt",
+        "own.pth.unfinished",
+        "loss.png",
+        "picture.pth",
+        "fifo.pth",
+        "device.pth",
+        "",
+    )
     for out in outs:
-        refused(train.main, ["--data", folder / "names.txt", *SMALL, "--out", folder / out], "--out")
-    refused(train.main, ["--data", folder / "list.png", *SMALL, "--out", folder / "list.pth"], "--out")
+        refused(
+            train.main, ["--data", folder / "names.txt", *SMALL, "--out", folder / out], "--out"
+        )
+    refused(
+        train.main, ["--data", folder / "list.png", *SMALL, "--out", folder / "list.pth"], "--out"
+    )
     for out in "/dev/null", "", "x" * 250 + ".pth":
         refused(train.main, ["--data", folder / "names.txt", *SMALL, "--out", out], "--out")
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
@@ -212,7 +246,10 @@ def test_files_beside_the_network_are_left_alone(folder):
 
 
 def test_each_out_has_a_picture_of_its_own(folder, refused):
-    pictures = {train.files_of(str(folder / name), "list.txt")[0] for name in ("run.1", "run.2", "a.pth", "a.bin")}
+    pictures = {
+        train.files_of(str(folder / name), "list.txt")[0]
+        for name in ("run.1", "run.2", "a.pth", "a.bin")
+    }
     assert len(pictures) == 4
 
 
@@ -221,7 +258,9 @@ def test_a_link_stays_a_link_and_permissions_stay(folder):
     (folder / "own.pth").chmod(0o604)
     process = forked(train.main, *command(folder, "--out", folder / "here.pth"))
     assert process.returncode == 0, process.stderr
-    assert (folder / "here.pth").is_symlink() and (folder / "own.pth").stat().st_mode & 0o777 == 0o604
+    assert (folder / "here.pth").is_symlink() and (
+        folder / "own.pth"
+    ).stat().st_mode & 0o777 == 0o604
     load(folder / "own.pth")
     assert sorted(os.listdir(folder)) == ["here.pth", "names.txt", "own.png", "own.pth"]
     write(folder / "new", b"")
@@ -238,13 +277,21 @@ def test_a_picture_that_fails_costs_one_line(folder, how):
     if how == "backend":
         env["MPLBACKEND"] = "garbage"
     if how == "folder":  # that appears while it trains
-        code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import model, train; save = model.save\n"
-        code += "model.save = lambda *args: (os.mkdir(sys.argv.pop()), save(*args)); train.main(sys.argv[1:-1])"
-        process = subprocess.run([sys.executable, "-c", code, *command(folder), folder / "own.png"], capture_output=True, text=True)
+        code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import model, train\n"
+        code += "save = model.save\n"
+        code += "model.save = lambda *args: (os.mkdir(sys.argv.pop()), save(*args))\n"
+        code += "train.main(sys.argv[1:-1])"
+        process = subprocess.run(
+            [sys.executable, "-c", code, *command(folder), folder / "own.png"],
+            capture_output=True,
+            text=True,
+        )
     else:
         process = run("train.py", *command(folder), env=env)
     assert process.returncode == 0, process.stderr
-    assert len([line for line in process.stderr.splitlines() if line.startswith("no picture: ")]) == 1
+    assert (
+        len([line for line in process.stderr.splitlines() if line.startswith("no picture: ")]) == 1
+    )
     assert "Traceback" not in process.stderr and "no picture" in process.stdout
     load(folder / "own.pth")
 
@@ -286,7 +333,9 @@ def test_too_little_memory_says_so(interrupted, refused, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(train, name, fail)
             process = forked(train.main, "--out", interrupted / "own.pth", "--resume")
-            assert process.returncode == 2 and "not enough memory" in process.stderr.splitlines()[-1]
+            assert (
+                process.returncode == 2 and "not enough memory" in process.stderr.splitlines()[-1]
+            )
     for failing in fail, fail_in_python:
         with monkeypatch.context() as patched:
             patched.setattr(torch, "frombuffer", failing)
@@ -294,9 +343,15 @@ def test_too_little_memory_says_so(interrupted, refused, monkeypatch):
             refused(train.main, ["--out", interrupted / "own.pth", "--resume"], "not enough memory")
 
 
-@pytest.mark.parametrize("sizes", [["--n-hidden", 100_000], ["--n-hidden", 30_000], ["--block-size", 65_536]])
+@pytest.mark.parametrize(
+    "sizes", [["--n-hidden", 100_000], ["--n-hidden", 30_000], ["--block-size", 65_536]]
+)
 def test_sizes_beyond_the_memory_are_refused(folder, refused, sizes):
-    refused(train.main, command(folder, *sizes), "memory" if sizes[0] == "--n-hidden" else "--block-size")
+    refused(
+        train.main,
+        command(folder, *sizes),
+        "memory" if sizes[0] == "--n-hidden" else "--block-size",
+    )
 
 
 def test_nobody_listening_in_an_ascii_locale(folder):
@@ -309,7 +364,7 @@ def test_nobody_listening_in_an_ascii_locale(folder):
 
 
 def test_nobody_listening_loses_no_work(folder, undisturbed):
-    """stderr and stdout go to a pipe that nobody reads, or are closed: the training ends all the same."""
+    """Output goes to a pipe that nobody reads, or is closed: the training ends all the same."""
     read, end = os.pipe()
     os.close(read)
     args = [sys.executable, str(ROOT / "train.py"), *command(folder)]
@@ -317,7 +372,9 @@ def test_nobody_listening_loses_no_work(folder, undisturbed):
     assert result(folder) == undisturbed
     for streams in "2>&-", ">&- 2>&- <&-":
         os.remove(folder / "own.pth")
-        process = subprocess.run(["sh", "-c", f'"$@" {streams}', "sh", *args], capture_output=True, text=True)
+        process = subprocess.run(
+            ["sh", "-c", f'"$@" {streams}', "sh", *args], capture_output=True, text=True
+        )
         assert process.returncode == 0 and "Traceback" not in process.stdout + process.stderr
         assert ("rows" in process.stderr) == ("2>" not in streams) and "rows" not in process.stdout
         assert result(folder) == undisturbed
@@ -338,14 +395,16 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, call):
 
 
 def test_full_disk(folder):
-    """No file may grow past a few kB: the state cannot be written, which is said, and nothing is lost."""
+    """No file may grow past a few kB: that is said, and nothing is lost."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
     process = forked(train.main, *command(folder), before=limit)
     assert (process.returncode, process.stdout) == (2, "")
-    assert "own.pth.unfinished cannot be written (File too large)" in process.stderr.splitlines()[-1]
+    assert (
+        "own.pth.unfinished cannot be written (File too large)" in process.stderr.splitlines()[-1]
+    )
     assert "Traceback" not in process.stderr
     assert (folder / "own.pth").read_bytes() == b"an older network"
     assert sorted(os.listdir(folder)) == ["names.txt", "own.pth"]
@@ -353,7 +412,9 @@ def test_full_disk(folder):
 
 def test_read_only_folder(folder, refused):
     if os.geteuid() == 0:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True
+        )
         if mounted.returncode:
             pytest.skip("root may write everywhere, and may not mount here")
     else:
@@ -367,7 +428,11 @@ def test_read_only_folder(folder, refused):
             folder.chmod(0o700)
 
 
-@given(st.binary(max_size=300) | st.text(max_size=200).map(str.encode) | st.text(".\n\r\t aé\x00\x1b\ufeff").map(str.encode))
+@given(
+    st.binary(max_size=300)
+    | st.text(max_size=200).map(str.encode)
+    | st.text(".\n\r\t aé\x00\x1b\ufeff").map(str.encode)
+)
 def test_any_bytes_are_names_or_one_clear_line(data):
     path = Path(f"/dev/shm/names-{os.getpid()}.txt")
     path = path if path.parent.is_dir() else Path(os.devnull)
@@ -396,7 +461,9 @@ def test_training_on_any_list_ends_well_or_with_one_line(lines, data):
         (folder / "names.txt").write_text("\n".join(lines), encoding="utf-8")
         args = "--batch-size 4 --block-size 4 --n-embd 2 --n-hidden 4 --steps 2".split()
         try:
-            train.main(["--data", str(folder / "names.txt"), "--out", str(folder / "own.pth"), *args])
+            train.main(
+                ["--data", str(folder / "names.txt"), "--out", str(folder / "own.pth"), *args]
+            )
         except SystemExit as exit:
             assert exit.code == 2
             assert os.listdir(folder) == ["names.txt"]
@@ -441,7 +508,13 @@ def test_a_broken_state_is_refused(interrupted, refused, capsys):
         path.write_bytes(data)
         refused(train.main, again, "own.pth.unfinished")
     state = torch.load(io.BytesIO(good), weights_only=True)
-    for flags in state["flags"] | {"steps": "x"}, state["flags"] | {"steps": -1}, {"help": 1}, torch.zeros(3), None:
+    for flags in (
+        state["flags"] | {"steps": "x"},
+        state["flags"] | {"steps": -1},
+        {"help": 1},
+        torch.zeros(3),
+        None,
+    ):
         write_tensors(path, state | {"flags": flags})
         with pytest.raises(SystemExit) as exit:
             train.main([str(arg) for arg in again])
@@ -478,8 +551,18 @@ def test_a_broken_state_is_refused(interrupted, refused, capsys):
         assert path.read_bytes() == written
 
 
-HUGE = [{"n_hidden": 10**6}, {"n_hidden": 10**30}, {"block_size": 2**60}, {"n_embd": 10**12}, {"n_hidden": 0}, {"n_embd": -1}]
-HUGE += [{key: torch.tensor(2**62)} for key in ("n_hidden", "block_size", "vocab_size")] + [{"n_hidden": 8.0}, {"more": 1}]
+HUGE = [
+    {"n_hidden": 10**6},
+    {"n_hidden": 10**30},
+    {"block_size": 2**60},
+    {"n_embd": 10**12},
+    {"n_hidden": 0},
+    {"n_embd": -1},
+]
+HUGE += [{key: torch.tensor(2**62)} for key in ("n_hidden", "block_size", "vocab_size")] + [
+    {"n_hidden": 8.0},
+    {"more": 1},
+]
 
 
 @pytest.mark.parametrize("sizes", HUGE)
@@ -491,7 +574,10 @@ def test_sizes_that_are_not_those_of_the_weights_are_refused(tmp_path, tiny, siz
         load(tmp_path / "huge.pth")
 
 
-@pytest.mark.parametrize("change", [{"config": torch.zeros(4)}, {"made": torch.zeros(4)}, {"vocab": ".ab\x1b"}, {"vocab": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [{"config": torch.zeros(4)}, {"made": torch.zeros(4)}, {"vocab": ".ab\x1b"}, {"vocab": 3}],
+)
 def test_contents_of_other_kinds_are_refused(tmp_path, tiny, change):
     checkpoint = torch.load(tiny / "model.pth", weights_only=True)
     for content in checkpoint | change, torch.zeros(3), [checkpoint]:
@@ -524,7 +610,8 @@ def with_sum(data):
 
 def storage(key, size):
     """A pickle of one float tensor of `size` on the record `key`."""
-    text = f"ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\nFloatStorage\nV{key}\nVcpu\nI{size}\ntQI0\n(I{size}\nt(I1\nt)NtR."
+    text = "ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\nFloatStorage\n"
+    text += f"V{key}\nVcpu\nI{size}\ntQI0\n(I{size}\nt(I1\nt)NtR."
     return text.encode()
 
 
@@ -532,7 +619,9 @@ def legacy(megabytes):
     """A stream of torch before its zip archives, which says how much memory is wanted."""
     buffer = io.BytesIO()
     torch.save(torch.zeros(1), buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue().replace(b"\x01\x00\x00\x00\x00\x00\x00\x00", (megabytes * 2**18).to_bytes(8, "little"))
+    return buffer.getvalue().replace(
+        b"\x01\x00\x00\x00\x00\x00\x00\x00", (megabytes * 2**18).to_bytes(8, "little")
+    )
 
 
 TWICE = archive(storage(0, 3), [("archive/data/0", bytes(12))])
@@ -545,13 +634,26 @@ BOMBS = {
     "sets": archive(b"\x80\x02" + b"\x8f" * 4_000_000 + b"."),
     "dicts": archive(b"\x80\x02" + b"}" * 4_000_000 + b"."),
     "copies of a dict": archive(
-        pickle.dumps({i: None for i in range(9000)}, 2)[:-1] + b"q\xff" + b"ccollections\nOrderedDict\nh\xff\x85R" * 3000 + b"."
+        pickle.dumps({i: None for i in range(9000)}, 2)[:-1]
+        + b"q\xff"
+        + b"ccollections\nOrderedDict\nh\xff\x85R" * 3000
+        + b"."
     ),
     "a record without a name": archive(
-        b"\x80\x02" + storage(0, 1)[:-1].replace(b"V0\n", b"G\x7f\xf8\0\0\0\0\0\0") + b".", [("archive/data/nan", bytes(4 * 10**6))]
+        b"\x80\x02" + storage(0, 1)[:-1].replace(b"V0\n", b"G\x7f\xf8\0\0\0\0\0\0") + b".",
+        [("archive/data/nan", bytes(4 * 10**6))],
     ),
-    "a size of many numbers": archive(storage(0, 3).replace(b"(I3\nt(", b"(" + b"I1000000\n" * 9000 + b"t("), [("archive/data/0", bytes(12))]),
-    "numbers of one hash": archive(b"\x80\x02}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(9000)) + b"u."),
+    "a size of many numbers": archive(
+        storage(0, 3).replace(b"(I3\nt(", b"(" + b"I1000000\n" * 9000 + b"t("),
+        [("archive/data/0", bytes(12))],
+    ),
+    "numbers of one hash": archive(
+        b"\x80\x02}("
+        + b"".join(
+            b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(9000)
+        )
+        + b"u."
+    ),
     "a memo": archive(b"\x80\x02}r\xff\xff\xff\x7f."),
     "the same record often": archive(
         pickle.dumps({}, 2), [(f"archive/data/{i}", b"") for i in range(3)]
@@ -591,8 +693,14 @@ def test_what_is_no_file_is_refused(tmp_path, tiny, refused, monkeypatch):
     monkeypatch.setattr(model, "LARGEST_LIST", 10**6)
     monkeypatch.setattr(model, "LARGEST_PIPE", 10**6)
     for main, flag in (sampling.main, "--model"), (train.main, "--data"):
-        with subprocess.Popen(["sh", "-c", f"(printf 'PK\\3\\4'; yes) > {tmp_path}/endless"], stderr=subprocess.PIPE):
-            args = flag, tmp_path / "endless", *(["--out", tmp_path / "own.pth"] if flag == "--data" else [])
+        with subprocess.Popen(
+            ["sh", "-c", f"(printf 'PK\\3\\4'; yes) > {tmp_path}/endless"], stderr=subprocess.PIPE
+        ):
+            args = (
+                flag,
+                tmp_path / "endless",
+                *(["--out", tmp_path / "own.pth"] if flag == "--data" else []),
+            )
             process = forked(main, *args)
         assert process.returncode == 2 and "endless" in process.stderr, process.stderr
     with open(tiny / "model.pth", "rb") as file:
@@ -606,13 +714,15 @@ def test_what_is_no_file_is_refused(tmp_path, tiny, refused, monkeypatch):
 
 def test_messages_show_what_they_quote_escaped(tmp_path, refused):
     path = tmp_path / "a\nb\x1b[31m\u202e.txt"
-    refused(train.main, ["--data", path, "--out", tmp_path / "own.pth"], "a\\nb\\x1b[31m\\u202e.txt")
+    refused(
+        train.main, ["--data", path, "--out", tmp_path / "own.pth"], "a\\nb\\x1b[31m\\u202e.txt"
+    )
     path.write_bytes(b"ada\xff")
     refused(sampling.main, ["--new", "--data", path], "a\\nb\\x1b[31m\\u202e.txt")
 
 
 def test_names_longer_than_the_context_are_learnt_from_whole(tmp_path):
-    """10,000 characters are 10,001 windows, and a pattern that only shows at their end is learnt."""
+    """10,000 characters are 10,001 windows, and the last one shows the end of the name."""
     names = ["ab" * 5000, "ab" * 5000 + "c"] * 5
     vocab = model.Vocabulary(names)
     window = model.windows(names, vocab, 16)
@@ -624,7 +734,12 @@ def test_names_longer_than_the_context_are_learnt_from_whole(tmp_path):
 def test_a_closed_pipe_ends_quietly(tiny):
     for script, args in ("sampling.py", ["-n", "100000"]), ("train.py", ["--help"]):
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *(["--model", str(tiny / "model.pth")] if args[0] == "-n" else []), *args],
+            [
+                sys.executable,
+                str(ROOT / script),
+                *(["--model", str(tiny / "model.pth")] if args[0] == "-n" else []),
+                *args,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -638,22 +753,44 @@ def test_a_full_standard_output_is_said(tiny):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
-        process = run("sampling.py", "--model", tiny / "model.pth", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        process = run(
+            "sampling.py",
+            "--model",
+            tiny / "model.pth",
+            capture_output=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
     assert process.returncode == 2
-    assert process.stderr == "sampling.py: error: standard output cannot be written (No space left on device)\n"
+    assert (
+        process.stderr
+        == "sampling.py: error: standard output cannot be written (No space left on device)\n"
+    )
 
 
 def test_terminals_and_paths_of_all_kinds(tmp_path):
-    """A path with blanks and other letters, another current folder, a terminal that knows only ASCII."""
+    """Paths with blanks and other letters, another folder, a terminal that knows only ASCII."""
     folder = tmp_path / "mé mo żż"
     folder.mkdir()
     (folder / "my names.txt").write_text("zoë\nżółć\n" * 8, encoding="utf-8")
-    ascii_only = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))}
+    ascii_only = {
+        key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))
+    }
     ascii_only |= {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     args = "--steps", 300, "--batch-size", 8, "--block-size", 4, "--n-embd", 4, "--n-hidden", 16
-    process = run("train.py", "--data", folder / "my names.txt", "--out", folder / "my own.pth", *args, env=ascii_only)
+    process = run(
+        "train.py",
+        "--data",
+        folder / "my names.txt",
+        "--out",
+        folder / "my own.pth",
+        *args,
+        env=ascii_only,
+    )
     assert process.returncode == 0, process.stderr
-    process = run("sampling.py", "--model", folder / "my own.pth", "-n", 50, cwd=tmp_path, env=ascii_only)
+    process = run(
+        "sampling.py", "--model", folder / "my own.pth", "-n", 50, cwd=tmp_path, env=ascii_only
+    )
     assert (process.returncode, process.stderr) == (0, "")
     assert len(process.stdout.splitlines()) == 50 and "\\xeb" in process.stdout
 
@@ -666,7 +803,14 @@ def test_started_from_another_folder(tmp_path):
 
 def test_ctrl_c_ends_sampling_quietly(tiny):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sampling.py"), "--model", str(tiny / "model.pth"), "-n", str(10**9)],
+        [
+            sys.executable,
+            str(ROOT / "sampling.py"),
+            "--model",
+            str(tiny / "model.pth"),
+            "-n",
+            str(10**9),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-import sys
 from collections import Counter
 
 import pytest
@@ -15,7 +14,7 @@ from scipy.stats import chisquare
 
 import sampling
 import train
-from model import Vocabulary, save, WaveNet
+from model import Vocabulary, WaveNet, save
 from sampling import LONGEST, PATIENCE, Prefixes, condition, draw, generate, main, score
 
 
@@ -40,7 +39,7 @@ def random_net(seed, vocab_size, block_size, n_embd, n_hidden):
     st.integers(0, 2**32 - 1),
 )
 def test_incremental_logits_are_those_of_the_whole_window(V, T, n_embd, n_hidden, seed):
-    """At every position, also past block_size, for texts that part, end alike, and come to their end."""
+    """At every position, also past block_size, of texts that part, end alike, and are over."""
     net = random_net(seed, V, T, n_embd, n_hidden)
     with torch.no_grad():
         prefixes = Prefixes(net, 8)
@@ -83,7 +82,8 @@ def chances(net, vocab, start, temperature, top_k, max_length):
 
 
 def fits(names, expected):
-    """Whether the frequencies of names are those of expected, a dict name -> probability: chi-square.
+    """Whether the frequencies of names are those of expected, a dict name -> probability:
+    chi-square.
 
     What is missing of the probability 1 belongs to None among the names.
     """
@@ -289,9 +289,16 @@ def test_new_knows_which_list_was_learnt(tiny, refused):
 def test_start_in_any_form_of_unicode(tmp_path):
     (tmp_path / "list.txt").write_text("zoë\n" * 10, encoding="utf-8")
     small = "--steps 20 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
-    assert forked(train.main, "--data", tmp_path / "list.txt", "--out", tmp_path / "own.pth", *small).returncode == 0
+    assert (
+        forked(
+            train.main, "--data", tmp_path / "list.txt", "--out", tmp_path / "own.pth", *small
+        ).returncode
+        == 0
+    )
     process = forked(main, "--model", tmp_path / "own.pth", "--start", "zoe\u0308")
-    assert process.returncode == 0 and all(name.startswith("zoë") for name in process.stdout.splitlines())
+    assert process.returncode == 0 and all(
+        name.startswith("zoë") for name in process.stdout.splitlines()
+    )
 
 
 def test_one_thread_unless_asked_for_more(tiny):
@@ -314,10 +321,7 @@ def test_flags(tiny):
     model = "--model", tiny / "model.pth"
     one, two = (forked(main, *model, "--seed", 1, "-n", 5000).stdout for _ in range(2))
     assert one == two and len(one.splitlines()) == 5000
-    assert (
-        forked(main, *model, "-n", 5000).stdout
-        != forked(main, *model, "-n", 5000).stdout
-    )
+    assert forked(main, *model, "-n", 5000).stdout != forked(main, *model, "-n", 5000).stdout
     names = forked(
         main, *model, "--start", "ada", "--num-samples", 50, "--max-length", 6
     ).stdout.splitlines()
@@ -326,9 +330,7 @@ def test_flags(tiny):
     assert len(names) == 20 and all(len(name) >= 4 and "a" not in name for name in names)
     same = forked(main, *model, "--top-k", 1, "--temperature", 3).stdout.splitlines()
     assert len(same) == 20 and len(set(same)) == 1
-    assert (
-        forked(main, *model, "--start", "ada", "--max-length", 3, "-n", 1).stdout == "ada\n"
-    )
+    assert forked(main, *model, "--start", "ada", "--max-length", 3, "-n", 1).stdout == "ada\n"
 
 
 def test_new(tiny):

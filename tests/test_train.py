@@ -122,20 +122,26 @@ def test_minibatches_are_windows_drawn_evenly():
 
 
 def test_dropout_cuts_contexts_short():
-    """With 2 or 3 of the last characters left, in the share of contexts that goes with the dropout."""
+    """With 2 or 3 of the last characters left, in the share that goes with the dropout."""
     names = ["abcdefghij"] * 6
     vocab = Vocabulary(names)
     whole = {tuple(context) for context, _ in slow_windows(names, vocab, 4)}
-    drawn = Counter(context for context, _ in drawn_windows(names, vocab, 0, batch_size=960, dropout=0.2) if context[-4:][0] or sum(map(bool, context)) < 4)
+    drawn = Counter(
+        context
+        for context, _ in drawn_windows(names, vocab, 0, batch_size=960, dropout=0.2)
+        if context[-4:][0] or sum(map(bool, context)) < 4
+    )
     cut = {context: count for context, count in drawn.items() if context not in whole}
     assert {len([code for code in context if code]) for context in cut} == {2, 3}
-    # Of 11 windows the 7 that show more than 3 characters lose some for 2 of the 7 numbers of characters left,
-    # and the one that shows 3 does for 1 of them.
+    # Of 11 windows the 7 that show more than 3 characters lose some for 2 of the 7 numbers of
+    # characters left, and the one that shows 3 does for 1 of them.
     share = 0.3 * (7 * 2 / 7 + 1 / 7) / 11
     assert sum(cut.values()) / drawn.total() == pytest.approx(share, rel=0.05)
 
 
-@pytest.mark.parametrize("n, dropout, steps", [(183_802, 0.15, 200_000), (10**8, 0.031, 200_000), (2_544, 0.3, 12_798)])
+@pytest.mark.parametrize(
+    "n, dropout, steps", [(183_802, 0.15, 200_000), (10**8, 0.031, 200_000), (2_544, 0.3, 12_798)]
+)
 def test_recipe(n, dropout, steps):
     assert train.recipe(n) == {"dropout": dropout, "steps": steps}
 
@@ -146,7 +152,10 @@ def test_what_was_begun_takes_half_the_steps():
 
 def test_recipe_grows_with_the_list():
     recipes = [train.recipe(10**i) for i in range(2, 9)]
-    assert all(one["dropout"] >= two["dropout"] and one["steps"] <= two["steps"] for one, two in zip(recipes, recipes[1:]))
+    assert all(
+        one["dropout"] >= two["dropout"] and one["steps"] <= two["steps"]
+        for one, two in zip(recipes, recipes[1:])
+    )
 
 
 NAMES = ["ada", "bea", "cleo", "dora", "edda", "finn"]
@@ -173,7 +182,10 @@ def test_a_name_shown_on_the_way_changes_no_weight():
     """However many random numbers it takes."""
     vocab, nets = Vocabulary(NAMES), []
     window = windows(NAMES, vocab, 4)
-    for sample in lambda net: "", lambda net: str(torch.rand(7)) + " ".join(generate(net, vocab, 3)):
+    for sample in (
+        lambda net: "",
+        lambda net: str(torch.rand(7)) + " ".join(generate(net, vocab, 3)),
+    ):
         torch.manual_seed(1)
         net = WaveNet(len(vocab), 4, 8, 32, 0.2)
         train.train(net, window, window, small(dropout=0.2), sample=sample)
@@ -182,13 +194,15 @@ def test_a_name_shown_on_the_way_changes_no_weight():
 
 
 def test_of_a_large_list_the_first_rows_are_measured(tmp_path, monkeypatch):
-    """Of each split no more windows than the limits, always the same; the rest trains or is left out."""
+    """Of each split no more windows than the limits, always the same ones."""
     names = read_names(ROOT / "names.txt")[:3000]
     (tmp_path / "list.txt").write_text("\n".join(names))
     monkeypatch.setattr(train, "MEASURED", 500)
     monkeypatch.setattr(train, "VALIDATED", 200)
     validated = []
-    monkeypatch.setattr(train, "best_scale", lambda net, window, scales: validated.append(len(window)) or (1.0, 1.0))
+    monkeypatch.setattr(
+        train, "best_scale", lambda net, window, scales: validated.append(len(window)) or (1.0, 1.0)
+    )
     out = tmp_path / "own.pth"
     sizes = "--steps 20 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
     train.main(["--data", str(tmp_path / "list.txt"), "--out", str(out), *sizes])
@@ -198,7 +212,9 @@ def test_of_a_large_list_the_first_rows_are_measured(tmp_path, monkeypatch):
     for part, rows in ("train", first), ("test", test), ("val", val):
         contexts, targets = contexts_and_targets(windows(rows, vocab, 4)[:500])
         with torch.no_grad():
-            assert made["losses"][part] == pytest.approx(F.cross_entropy(net(contexts), targets).item(), abs=1e-5)
+            assert made["losses"][part] == pytest.approx(
+                F.cross_entropy(net(contexts), targets).item(), abs=1e-5
+            )
 
 
 def test_a_short_list_is_learnt_by_heart():
@@ -212,7 +228,7 @@ def test_a_short_list_is_learnt_by_heart():
 
 
 def test_200_steps_are_those_of_torch():
-    """The loss of every step against torch's own layers, autograd and SGD on the same minibatches."""
+    """Every loss against torch's own layers, autograd and SGD on the same minibatches."""
     vocab = Vocabulary(NAMES)
     window = windows(NAMES, vocab, 8)
     torch.manual_seed(0)
@@ -228,7 +244,9 @@ def test_200_steps_are_those_of_torch():
         loss.backward()
         optimizer.step()
         (tree,) = distinct_rows(contexts[None], len(vocab))
-        assert train.sgd_step(ours, parameters, tree, targets, 32, 0.1) == pytest.approx(loss.item(), abs=1e-3)
+        assert train.sgd_step(ours, parameters, tree, targets, 32, 0.1) == pytest.approx(
+            loss.item(), abs=1e-3
+        )
 
 
 def weights_of_every_step(monkeypatch):
@@ -245,7 +263,7 @@ def weights_of_every_step(monkeypatch):
 
 
 def test_average_is_a_mean_with_polynomial_weights(monkeypatch):
-    """Of a run that is watched from outside, every tenth step; the nth with a weight of about n^3."""
+    """Of a run watched from outside, every tenth step; the nth with a weight of about n^3."""
     seen = weights_of_every_step(monkeypatch)
     vocab, args = Vocabulary(NAMES), small(steps=300)
     window = windows(NAMES, vocab, 4)
@@ -255,9 +273,14 @@ def test_average_is_a_mean_with_polynomial_weights(monkeypatch):
     best, curves = train.train(net, window, windows(NAMES * 43, vocab, 4), args)
     assert len(seen) == 300 and best["step"] == 300
     n = 30
-    weights = torch.tensor([4 / (i + 4) * math.prod(i2 / (i2 + 4) for i2 in range(i + 1, n)) for i in range(n)])
+    weights = torch.tensor(
+        [4 / (i + 4) * math.prod(i2 / (i2 + 4) for i2 in range(i + 1, n)) for i in range(n)]
+    )
     assert weights.sum().item() == pytest.approx(1)
-    expected = [(torch.stack(steps) * weights.view(-1, *[1] * steps[0].dim())).sum(0) for steps in zip(*seen[9 : 10 * n : 10])]
+    expected = [
+        (torch.stack(steps) * weights.view(-1, *[1] * steps[0].dim())).sum(0)
+        for steps in zip(*seen[9 : 10 * n : 10])
+    ]
     kept = [best["state_dict"][name] for name, _ in net.named_parameters()]
     torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
 
@@ -276,13 +299,15 @@ def test_the_step_of_least_validation_loss_is_kept(monkeypatch):
     window = windows(NAMES, vocab, 4)
     net = WaveNet(len(vocab), 4, 8, 32)
     best, curves = train.train(net, window, windows(NAMES * 43, vocab, 4), small(steps=420))
-    assert curves["val"] == list(zip([60, 120, 180, 240, 300, 360, 420], [3.0, 2.0, 1.0, 1.5, 1.0, 2.0, 4.0]))
+    assert curves["val"] == list(
+        zip([60, 120, 180, 240, 300, 360, 420], [3.0, 2.0, 1.0, 1.5, 1.0, 2.0, 4.0])
+    )
     assert (best["step"], best["loss"], best["scale"]) == (180, 1.0, 0.9)
     torch.testing.assert_close(best["state_dict"], validated[2], rtol=0, atol=0)
 
 
 def test_statistics_are_those_of_the_training_windows(monkeypatch):
-    """Of the weights as they are, whenever the network is validated, and at the end; in training none are kept."""
+    """Of the weights as they are, at every validation and at the end; in training none."""
     vocab, validated = Vocabulary(NAMES), []
 
     def check(net, window, scales=(1,)):
@@ -301,12 +326,17 @@ def test_statistics_are_those_of_the_training_windows(monkeypatch):
     net[3].momentum, net[3].track_running_stats = 0.3, False
     net[7].momentum = 0.2
     train.recompute_statistics(net, windows(NAMES, vocab, 4), 2)
-    assert [(net[i].momentum, net[i].track_running_stats) for i in (3, 7)] == [(0.3, False), (0.2, True)]
+    assert [(net[i].momentum, net[i].track_running_stats) for i in (3, 7)] == [
+        (0.3, False),
+        (0.2, True),
+    ]
 
 
-@pytest.mark.parametrize("too_sure, found", [(1.1, 1 / 1.1), (0.9, 1 / 0.9), (1.5, 1 / 1.5), (9.0, 0.5), (0.1, 1.3)])
+@pytest.mark.parametrize(
+    "too_sure, found", [(1.1, 1 / 1.1), (0.9, 1 / 0.9), (1.5, 1 / 1.5), (9.0, 0.5), (0.1, 1.3)]
+)
 def test_scale_takes_back_what_is_too_sure(too_sure, found):
-    """On names that the network drew itself, its own logits are the best ones; a factor of 0.5 to 1.3 is found."""
+    """On names that the network drew itself, its own logits are the best ones."""
     net, vocab, _ = trained(small(steps=100))
     window = windows(generate(net, vocab, 5000), vocab, 4)
     contexts, targets = contexts_and_targets(window)
@@ -314,12 +344,18 @@ def test_scale_takes_back_what_is_too_sure(too_sure, found):
     net[-1].bias.data *= too_sure
     with torch.no_grad():
         logits = net(contexts)
-    expected = minimize_scalar(lambda scale: F.cross_entropy(scale * logits, targets).item(), bounds=(0.5, 1.3), method="bounded")
+    expected = minimize_scalar(
+        lambda scale: F.cross_entropy(scale * logits, targets).item(),
+        bounds=(0.5, 1.3),
+        method="bounded",
+    )
     loss, scale = train.best_scale(net, window, train.SCALES)
     assert scale == pytest.approx(expected.x, abs=0.026) == pytest.approx(found, abs=0.06)
     assert loss == pytest.approx(F.cross_entropy(scale * logits, targets).item(), abs=1e-5)
     loss, scale = train.best_scale(net, window, [scale + percent / 100 for percent in range(-5, 6)])
-    assert scale == pytest.approx(minimize_scalar(lambda scale: F.cross_entropy(scale * logits, targets).item()).x, abs=0.006) or found in (0.5, 1.3)
+    assert scale == pytest.approx(
+        minimize_scalar(lambda scale: F.cross_entropy(scale * logits, targets).item()).x, abs=0.006
+    ) or found in (0.5, 1.3)
 
 
 def test_finished_network_is_the_best_one_scaled(monkeypatch):
@@ -329,8 +365,13 @@ def test_finished_network_is_the_best_one_scaled(monkeypatch):
     best, _ = train.train(net, window, window, small(steps=300, dropout=0.1))
     kept = train.finished(net.config, best, window, window)
     assert not kept.training and "Dropout" not in repr(kept)
-    loss, scale = train.evaluate(kept, window)[0], kept[-1].weight[0, 0].item() / list(best["state_dict"].values())[-2][0, 0].item()
-    assert loss == pytest.approx(best["loss"], abs=0.02) and scale == pytest.approx(best["scale"], abs=0.051)
+    loss, scale = (
+        train.evaluate(kept, window)[0],
+        kept[-1].weight[0, 0].item() / list(best["state_dict"].values())[-2][0, 0].item(),
+    )
+    assert loss == pytest.approx(best["loss"], abs=0.02) and scale == pytest.approx(
+        best["scale"], abs=0.051
+    )
 
 
 def test_evaluate_is_the_mean_over_all_windows():
@@ -338,7 +379,9 @@ def test_evaluate_is_the_mean_over_all_windows():
     window = windows(NAMES, vocab, 4)
     contexts, targets = contexts_and_targets(window)
     expected = F.cross_entropy(net.eval()(contexts), targets).item()
-    assert train.evaluate(net, windows(NAMES * 500, vocab, 4))[0] == pytest.approx(expected, abs=1e-5)
+    assert train.evaluate(net, windows(NAMES * 500, vocab, 4))[0] == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_shipped_checkpoint_has_the_readmes_losses():
@@ -353,7 +396,9 @@ def test_shipped_checkpoint_has_the_readmes_losses():
         assert losses[part] == pytest.approx(made["losses"][part], abs=1e-5)
     contexts, targets = contexts_and_targets(windows(parts["val"], vocab, block_size))
     with torch.no_grad():
-        plain = F.cross_entropy(torch.cat([net.eval()(part) for part in contexts.split(4096)]), targets).item()
+        plain = F.cross_entropy(
+            torch.cat([net.eval()(part) for part in contexts.split(4096)]), targets
+        ).item()
     assert plain == pytest.approx(losses["val"], abs=1e-5)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in readme.splitlines() if line.startswith("| **shipped")]
