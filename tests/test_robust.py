@@ -586,19 +586,11 @@ def test_contents_of_other_kinds_are_refused(tmp_path, tiny, change):
             load(tmp_path / "strange.pth")
 
 
-class Bomb:
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call[0], self.call[1:]
-
-
-def archive(pickled, records=(), compression=zipfile.ZIP_STORED):
-    """An archive as torch writes it, with these bytes as its pickle."""
+def archive(header, records=(), compression=zipfile.ZIP_STORED):
+    """An archive as write_tensors() writes it, with these bytes as its description."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
-        for name, data in [("archive/data.pkl", pickled), *records]:
+        for name, data in [("archive/header.json", header), *records]:
             file.writestr(name, data)
     return buffer.getvalue()
 
@@ -608,55 +600,21 @@ def with_sum(data):
     return data + hashlib.sha256(data).hexdigest().encode()
 
 
-def storage(key, size):
-    """A pickle of one float tensor of `size` on the record `key`."""
-    text = "ctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\nFloatStorage\n"
-    text += f"V{key}\nVcpu\nI{size}\ntQI0\n(I{size}\nt(I1\nt)NtR."
-    return text.encode()
-
-
-def legacy(megabytes):
-    """A stream of torch before its zip archives, which says how much memory is wanted."""
-    buffer = io.BytesIO()
-    torch.save(torch.zeros(1), buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue().replace(
-        b"\x01\x00\x00\x00\x00\x00\x00\x00", (megabytes * 2**18).to_bytes(8, "little")
-    )
-
-
-TWICE = archive(storage(0, 3), [("archive/data/0", bytes(12))])
+ZEROS = [("archive/data/0", bytes(4 * 10**6))]
+ALL = b'{"dtype": "torch.float32", "shape": [1000000]}'
 BOMBS = {
-    "a call": archive(pickle.dumps({"made": Bomb(bytearray, 10**12)}, 2)),
-    "packed": archive(pickle.dumps("a" * 10**8, 2), compression=zipfile.ZIP_DEFLATED),
-    "a legacy stream in front": legacy(1700) + archive(pickle.dumps({}, 2)),
-    "two directories": TWICE + archive(storage(1, 10**9), [("archive/data/1", bytes(4))]),
-    "a larger storage": archive(storage(0, 10**9), [("archive/data/0", bytes(4))]),
-    "sets": archive(b"\x80\x02" + b"\x8f" * 4_000_000 + b"."),
-    "dicts": archive(b"\x80\x02" + b"}" * 4_000_000 + b"."),
-    "copies of a dict": archive(
-        pickle.dumps({i: None for i in range(9000)}, 2)[:-1]
-        + b"q\xff"
-        + b"ccollections\nOrderedDict\nh\xff\x85R" * 3000
-        + b"."
-    ),
-    "a record without a name": archive(
-        b"\x80\x02" + storage(0, 1)[:-1].replace(b"V0\n", b"G\x7f\xf8\0\0\0\0\0\0") + b".",
-        [("archive/data/nan", bytes(4 * 10**6))],
-    ),
-    "a size of many numbers": archive(
-        storage(0, 3).replace(b"(I3\nt(", b"(" + b"I1000000\n" * 9000 + b"t("),
-        [("archive/data/0", bytes(12))],
-    ),
-    "numbers of one hash": archive(
-        b"\x80\x02}("
-        + b"".join(
-            b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(9000)
-        )
-        + b"u."
-    ),
-    "a memo": archive(b"\x80\x02}r\xff\xff\xff\x7f."),
-    "the same record often": archive(
-        pickle.dumps({}, 2), [(f"archive/data/{i}", b"") for i in range(3)]
+    "packed": archive(b'"' + b"a" * 10**8 + b'"', compression=zipfile.ZIP_DEFLATED),
+    "a long description": archive(b'"' + b"a" * 2**22 + b'"'),
+    "lists in lists": archive(b"[" * 10**6),
+    "dicts": archive(b"[" + b"{}," * 10**6 + b"{}]"),
+    "a long number": archive(b"9" * 4 * 10**6),
+    "a shape above the record": archive(ALL.replace(b"1000000", b"1000000000"), ZEROS),
+    "a shape of many numbers": archive(ALL.replace(b"1000000", b"1," * 10**5 + b"1000000"), ZEROS),
+    "a shape that is a tensor": archive(ALL.replace(b"1000000", ALL), ZEROS),
+    "another type": archive(ALL.replace(b"float32", b"bool"), ZEROS),
+    "a record for many tensors": archive(b"[" + ALL + (b", " + ALL) * 1000 + b"]", ZEROS),
+    "a record for many records": archive(
+        b"[" + ALL + (b", " + ALL) * 2 + b"]", [(f"archive/data/{i}", b"") for i in range(3)]
     ).replace(b"\0\0\0\0\0\0\0\0\x0e\0", b"\0\0\0\x7f\0\0\0\x7f\x0e\0"),
 }
 
@@ -676,6 +634,27 @@ def test_files_that_would_fill_the_memory_are_refused(tmp_path, data):
 
     process = forked(load_it)
     assert process.returncode == 0, process.stderr
+
+
+class Code:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def test_what_torch_would_read_is_not_read(tmp_path, tiny, monkeypatch):
+    """A pickle that would run code, and a stream of torch's older format in front of all."""
+    monkeypatch.chdir(tmp_path)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as new, zipfile.ZipFile(tiny / "model.pth") as good:
+        for name in good.namelist():
+            code = name == "archive/data.pkl"
+            new.writestr(name, pickle.dumps(Code()) if code else good.read(name))
+    stream = io.BytesIO()
+    torch.save(Code(), stream, _use_new_zipfile_serialization=False)
+    for data in buffer.getvalue(), stream.getvalue() + (tiny / "model.pth").read_bytes()[:-64]:
+        (tmp_path / "code.pth").write_bytes(with_sum(data))
+        load(tmp_path / "code.pth")
+        assert os.listdir(tmp_path) == ["code.pth"]
 
 
 def test_what_is_no_file_is_refused(tmp_path, tiny, refused, monkeypatch):
