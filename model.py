@@ -24,6 +24,7 @@ END, LINE_END = ".", "\n"
 
 LARGEST_BLOCK = 1024
 LARGEST_LIST = 2**28  # characters: a pipe might never end
+LARGEST_LINE = 2**15  # characters: Unicode's normal form can take quadratic time
 LARGEST_HEADER = 2**22  # bytes of a checkpoint's description
 LARGEST_PIPE = 2**30  # bytes of a checkpoint that comes through a pipe
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -53,12 +54,16 @@ def read_names(path, progress=lambda text: None):
         raise ValueError(f"{path} holds more than {LARGEST_LIST:,} characters: give a part of it")
     if len(text) > 2**24:
         progress(f"{len(text):,} characters read")
-    names = [name for line in normalize("NFC", text).split("\n") if (name := line.strip())]
+    lines = text.split("\n")
+    if any(len(line) > LARGEST_LINE for line in lines):
+        what = f"holds a line of more than {LARGEST_LINE:,} characters: one name a line"
+        raise ValueError(f"{path} {what}")
+    names = [name for line in lines if (name := canonical(line))]
     if not names:
         raise ValueError(f"{path} holds no names: give a text file with one name a line")
     for name in names:
         if char := CONTROL.search(name):
-            what = f"{shorten(repr(name), 60)} holds the control character {char[0]!r}"
+            what = f"{shorten(repr(name[:60]), 60)} holds the control character {char[0]!r}"
             raise ValueError(f"{path}: {what}: take it out")
     return names
 
@@ -210,7 +215,7 @@ def write_tensors(path, content):
     # torch numbers the tensors in the order in which it meets them, and so does JSON.
     header = json.dumps(content, default=lambda t: {"dtype": str(t.dtype), "shape": list(t.shape)})
     with zipfile.ZipFile(buffer, "a") as archive:
-        archive.writestr(HEADER, header)
+        archive.writestr(zipfile.ZipInfo(HEADER), header)  # without the time of day
         archive.comment = bytes(64)
     data = buffer.getvalue()[:-64]
     write(path, data + hashlib.sha256(data).hexdigest().encode())
@@ -230,7 +235,14 @@ def read_tensors(path, kinds, advice):
             if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
                 raise ValueError(f"{path} is no file: {advice}")
             stream = file if stat.S_ISREG(mode) else io.BytesIO(file.read(LARGEST_PIPE))
-            if not zipfile.is_zipfile(stream):  # found out at its end, however large it is
+            try:
+                with zipfile.ZipFile(stream) as archive:
+                    told = sum(record.file_size for record in archive.infolist())
+            except Exception:  # a broken archive raises almost anything
+                raise damaged from None
+            # Records that are packed or overlap could grow to anything; of a large file that is
+            # none of ours little stands in its directory.
+            if not told <= stream.seek(0, os.SEEK_END) <= 2 * told + 2**20:
                 raise damaged
             stream.seek(0)
             data = stream.read()
@@ -240,12 +252,8 @@ def read_tensors(path, kinds, advice):
         if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
             raise damaged
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            records = archive.infolist()
-            # What is packed, or stands in the file once for many records, could grow to anything.
-            packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-            if packed or sum(record.file_size for record in records) > len(data):
-                raise damaged
-            if archive.getinfo(HEADER).file_size > LARGEST_HEADER:
+            stored = all(r.compress_type == zipfile.ZIP_STORED for r in archive.infolist())
+            if not stored or archive.getinfo(HEADER).file_size > LARGEST_HEADER:
                 raise damaged
             numbers = count()
 
@@ -256,7 +264,7 @@ def read_tensors(path, kinds, advice):
                 return torch.frombuffer(record, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
 
             content = json.loads(archive.read(HEADER), object_hook=tensor)
-    except Exception as error:  # a broken archive raises almost anything
+    except Exception as error:
         raise error if out_of_memory(error) else damaged from None
     if type(content) is not dict or any(type(content.get(key)) is not kinds[key] for key in kinds):
         raise ValueError(f"{path} holds something else: {advice}")
@@ -335,8 +343,9 @@ def transfer(net, vocab, trained, trained_vocab):
         if i and j:
             rows.append(i)
             known.append(j)
-    for new, old in zip(net.parameters(), trained.parameters(), strict=True):
-        if len(new) == len(vocab) and len(old) == len(trained_vocab):
-            new[rows] = old[known]
-        else:
-            new.copy_(old)
+    pairs = zip(net.parameters(), trained.parameters(), strict=True)
+    embedding, *levels, weight, bias = pairs
+    for new, old in levels:
+        new.copy_(old)
+    for new, old in embedding, weight, bias:
+        new[rows] = old[known]

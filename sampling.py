@@ -20,11 +20,10 @@ from unicodedata import normalize
 import torch
 
 from layers import BatchNorm1d, Linear
-from model import canonical, digest, load, out_of_memory, read_names
+from model import LARGEST_LINE, canonical, digest, load, out_of_memory, read_names
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NAMES, MODEL = (os.path.relpath(f"{HERE}/{name}") for name in ("names.txt", "model_state.pth"))
-LARGEST_LINE = 2**20  # characters of a line of names to score
 BATCH = 8192  # names drawn at once
 LONGEST = 1000  # characters of a name; a network that never ends one would be asked for ever
 PAUSE = 2  # seconds until it is said how many were found

@@ -5,7 +5,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported
 
-import hashlib
 import io
 import math
 import os
@@ -14,7 +13,6 @@ import shlex
 import sys
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext, suppress
-from tempfile import TemporaryDirectory, gettempdir
 from textwrap import shorten
 
 import torch
@@ -57,13 +55,12 @@ def split(names):
     return parts
 
 
-def recipe(n, begun=False):
-    """The flags that suit a list of n training windows, measured on many lists: tests/RESULTS.md.
-
-    What was begun from a trained network takes half the steps.
-    """
-    steps = min(200_000, 10_000 + n * 11 // 10)
-    return {"dropout": round(min(0.3, 3.1 / n**0.25), 3), "steps": steps // 2 if begun else steps}
+def recipe(n):
+    """The flags that suit a list of n training windows, as measured in tests/RESULTS.md."""
+    return {
+        "dropout": round(min(0.3, 3.1 / n**0.25), 3),
+        "steps": min(200_000, 10_000 + n * 11 // 10),
+    }
 
 
 def chunk_size(args):
@@ -462,60 +459,62 @@ def resumed(parser, argv, unfinished):
 def check_state(state, net, steps):
     """Raises ValueError unless `state` can be one of train() for this network and these steps."""
     curves, best = state["curves"], state["best"]
-    if list(curves) != ["train", "val"]:
+    kinds = {part: type(curve) for part, curve in curves.items()}
+    if kinds != {"train": list, "val": list} or not 0 <= state["step"] <= steps:
         raise ValueError("its curves are impossible")
     points = [*curves["train"], *curves["val"], (state["step"], state["loss_sum"])]
     points += [(best["step"], best["loss"]), (best["step"], best["scale"])] if best else []
     for step, value in points:
         if type(step) is not int or type(value) is not float:
             raise ValueError("its steps or losses are no numbers")
-        if not 0 <= step <= steps or not math.isfinite(value):
+        if not 0 <= step <= state["step"] or not math.isfinite(value):
             raise ValueError("its steps or losses are impossible")
     if best and not SCALES[0] <= best["scale"] <= SCALES[-1]:
         raise ValueError("its scale is impossible")
     check(state["state_dict"], net)
     check(state["average"], AveragedModel(net))
-    if best or state["step"] == steps:
+    if best or curves["val"]:
         check(best["state_dict"], net)
 
 
 def files_of(out, data):
-    """The files of a training beside the network, `out`: its picture and its unfinished state.
+    """The files of a training beside the network, `out`: its picture, unfinished state, and lock.
 
     Raises ValueError when one of them is no file, or could be another one that the user needs.
     """
-    names = f"{out.removesuffix('.pth')}.png", f"{out}.unfinished"
+    if not out.endswith(".pth"):
+        raise ValueError(f"--out {out} could be a file of another kind: give a name like own.pth")
+    names = f"{out.removesuffix('.pth')}.png", f"{out}.unfinished", f"{out}.unfinished.lock"
     files = [os.path.realpath(name) for name in names]
-    folder = os.path.dirname(out)
     for path in out, *files:
         if os.path.lexists(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is a folder or a device: choose another --out")
-    if out.endswith((".png", ".unfinished")) or len({os.path.realpath(data), out, *files}) < 4:
-        what = "would overwrite a file of another kind: choose another, such as own.pth"
-        raise ValueError(f"--out {out} {what}")
-    try:  # to make something there, with a longer name than any of them
-        with TemporaryDirectory(prefix=f"{os.path.basename(out)}.unfinished", dir=folder):
-            return files
-    except OSError as error:
-        what = f"cannot be written ({error.strerror}): choose another --out"
-        raise ValueError(f"{out} {what}") from None
+    if len({os.path.realpath(data), out, *files}) < 5:
+        raise ValueError(f"--out {out} and its {', '.join(names)} are not files of their own")
+    if not os.path.isdir(os.path.dirname(out)):
+        raise ValueError(f"{out} cannot be written (no such folder): choose another --out")
+    if os.path.exists(files[-1]) and os.path.getsize(files[-1]):
+        raise ValueError(f"{files[-1]} is another program's: choose another --out")
+    return files
 
 
 @contextmanager
-def locked(out):
-    """Nobody else on this machine is inside for the same path. Raises ValueError if somebody is."""
+def locked(path, remove):
+    """Nobody else is inside for the same path. The file goes at the end, if this run made it."""
+    remove = remove or not os.path.exists(path)
+    lock = FileLock(path)
     try:
-        name = hashlib.sha256(os.fsencode(out)).hexdigest()[:32] + ".lock"
-        lock = FileLock(os.path.join(gettempdir(), name))
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"another training writes to {out}: choose another --out") from None
+        raise ValueError(f"another training holds {path}: choose another --out") from None
     except OSError as error:
-        what = f"there is no folder for temporary files ({error.strerror}): set TMPDIR to one"
-        raise ValueError(what) from None
+        raise ValueError(f"{path} cannot be written ({error}): choose another --out") from None
     try:
         yield
     finally:
+        if remove:
+            with suppress(OSError):
+                os.remove(path)
         lock.release()
 
 
@@ -538,8 +537,8 @@ def main(argv=None):
 def start(parser, argv, args):
     """Begin or go on with the training of these flags, the only one that writes to its files."""
     out, state, trained = os.path.realpath(args.out), None, None  # a link stays a link
-    picture, unfinished = files_of(out, args.data)
-    with locked(out) if not rank() else nullcontext():
+    picture, unfinished, lock = files_of(out, args.data)
+    with locked(lock, remove=args.resume) if not rank() else nullcontext():
         if args.resume and not rank():
             state, args = resumed(parser, argv, unfinished)
             files_of(out, args.data)  # the list is another one, perhaps
@@ -588,11 +587,15 @@ def read_list(args, state):
 
 
 def new_network(args, vocab, trained):
-    """The network before its first step."""
+    """The network before its first step. Raises ValueError when the memory is too small."""
     sizes = dict(vocab_size=len(vocab), block_size=args.block_size)
     sizes |= dict(n_embd=args.n_embd, n_hidden=args.n_hidden)
-    # Five numbers for each weight, with its gradient, its mean, and two copies when they are saved:
-    torch.empty(5 * model.count_parameters(**sizes))  # where there is too little memory, this fails
+    # Four bytes for each weight, its gradient, its mean, and two copies when they are saved.
+    needed, memory = 20 * model.count_parameters(**sizes), math.inf
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(f"it would need {needed / 1e9:,.0f} GB of memory: lower --n-hidden")
     torch.manual_seed(args.seed)
     net = WaveNet(**sizes, dropout=args.dropout)
     if trained:
@@ -611,8 +614,8 @@ def run(args, state, trained, out, picture, unfinished):
         raise ValueError(f"--batch-size {args.batch_size} is less than the number of processes")
     digest, rows, vocab, split_windows = read_list(args, state)
     train_windows, val_windows = split_windows["train"], split_windows["val"][:VALIDATED]
-    chosen = recipe(len(train_windows), begun=trained is not None)
-    chosen = {name: value for name, value in chosen.items() if getattr(args, name) is None}
+    chosen = recipe(len(train_windows)).items()
+    chosen = {name: value for name, value in chosen if getattr(args, name) is None}
     vars(args).update(chosen)
     net = new_network(args, vocab, trained)
     counts = ", ".join(f"{part} {len(some):,}" for part, some in split_windows.items())

@@ -306,6 +306,9 @@ def test_names_are_read_whatever_the_line_ends(tmp_path):
     ):
         path.write_bytes(data)
         assert read_names(path) == ["ada", "bea"]
+    path.write_text("ada\na" + "\u0301\u0323" * 20_000)
+    with pytest.raises(ValueError, match="line of more than"):
+        read_names(path)
     path.write_text("jean luc\nz\u0307o\u0301łc\u0301\n名\n", encoding="utf-8")
     assert read_names(path) == ["jean luc", "żółć", "名"]
 
@@ -336,6 +339,14 @@ def test_names_with_a_full_stop_are_names_like_any_others(tmp_path):
     assert contexts[len("st. ann") + 1].tolist() == [0] * 4 and "." in vocab.chars[1:]
     save(tmp_path / "own.pth", WaveNet(len(vocab), 4, 2, 3), vocab, {})
     assert load(tmp_path / "own.pth")[1].chars == vocab.chars
+
+
+def test_transfer_where_a_level_is_as_long_as_the_vocabulary():
+    vocab, old_vocab = Vocabulary(["abc"]), Vocabulary(["xyz"])
+    net, trained = WaveNet(4, 4, 3, 4), WaveNet(4, 4, 3, 4)
+    transfer(net, vocab, trained, old_vocab)
+    for new, old in list(zip(net.parameters(), trained.parameters()))[1:-2]:
+        assert torch.equal(new, old)
 
 
 def test_transfer():

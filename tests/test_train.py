@@ -146,10 +146,6 @@ def test_recipe(n, dropout, steps):
     assert train.recipe(n) == {"dropout": dropout, "steps": steps}
 
 
-def test_what_was_begun_takes_half_the_steps():
-    assert train.recipe(20_000, begun=True)["steps"] * 2 == train.recipe(20_000)["steps"]
-
-
 def test_recipe_grows_with_the_list():
     recipes = [train.recipe(10**i) for i in range(2, 9)]
     assert all(
