@@ -326,6 +326,18 @@ def finished(sizes, best, train_windows, val_windows):
     return net.eval()
 
 
+def final_losses(net, split_windows):
+    """{split: loss of the finished network}. Raises FloatingPointError where one is not finite."""
+    losses = {}
+    for part, some in split_windows.items():
+        # In a list of distinct names all that validates is unseen.
+        again = part == "unseen" and len(some) == len(split_windows["val"])
+        losses[part] = losses["val"] if again else evaluate(net, some[:MEASURED])[0]
+    if not all(map(math.isfinite, losses.values())):
+        raise FloatingPointError("the losses of the finished network are not finite")
+    return losses
+
+
 def plot(path, curves, losses):
     """Write the picture of the curves, with a line at the finished network's validation loss."""
     from matplotlib.figure import Figure  # slow to import: not before it is needed
@@ -616,7 +628,7 @@ def run(args, state, trained, out, picture, unfinished):
     train_windows, val_windows = split_windows["train"], split_windows["val"][:VALIDATED]
     chosen = recipe(len(train_windows)).items()
     chosen = {name: value for name, value in chosen if getattr(args, name) is None}
-    vars(args).update(chosen)
+    vars(args).update(chosen, data=os.path.abspath(args.data))
     net = new_network(args, vocab, trained)
     counts = ", ".join(f"{part} {len(some):,}" for part, some in split_windows.items())
     parameters = f"{model.count_parameters(**net.config):,} parameters"
@@ -629,14 +641,12 @@ def run(args, state, trained, out, picture, unfinished):
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             what = f"does not fit its flags ({shorten(str(error), 80)}): choose another --out"
             raise ValueError(f"{unfinished} {what}") from None
-    of_the_run = {name: getattr(args, name) for name in OF_THE_RUN}
-    remembered = of_the_run | {"checkpoint_every": args.checkpoint_every}
-    remembered["data"] = os.path.abspath(args.data)
+    of_the_list = {"names": digest, "flags": {name: getattr(args, name) for name in REMEMBERED}}
 
     def keep(state):
-        model.write_tensors(unfinished, state | {"names": digest, "flags": remembered})
+        model.write_tensors(unfinished, state | of_the_list)
 
-    def one_name(net):
+    def sample(net):
         try:
             return "" if rank() else " ".join(generate(net, vocab, 1, max_length=30))
         except ValueError:  # weights that overflow are noticed elsewhere
@@ -645,7 +655,7 @@ def run(args, state, trained, out, picture, unfinished):
     signals = []
     with on_signals(signals.append):
         best, curves = train(
-            net, train_windows, val_windows, args, state, keep, lambda: signals, one_name
+            net, train_windows, val_windows, args, state, keep, lambda: signals, sample
         )
     if rank():
         return
@@ -654,14 +664,9 @@ def run(args, state, trained, out, picture, unfinished):
     if signals:
         interrupt(signals[0])
     net = finished(net.config, best, train_windows, val_windows)
-    losses = {}
-    for part, some in split_windows.items():
-        # In a list of distinct names all that validates is unseen.
-        again = part == "unseen" and len(some) == len(split_windows["val"])
-        losses[part] = losses["val"] if again else evaluate(net, some[:MEASURED])[0]
-    if not all(map(math.isfinite, losses.values())):
-        raise FloatingPointError("the losses of the finished network are not finite")
-    made = of_the_run | {"names": digest, "rows": rows, "kept": best["step"], "losses": losses}
+    losses = final_losses(net, split_windows)
+    made = {name: getattr(args, name) for name in OF_THE_RUN}
+    made |= {"names": digest, "rows": rows, "kept": best["step"], "losses": losses}
     model.save(out, net, vocab, made | {"torch": str(torch.__version__)})
     try:
         plot(picture, curves, losses)
