@@ -164,6 +164,7 @@ class BatchNorm1d(nn.Module):
             return self.backward(g.flatten(0, 1)).view(g.shape)
         # x[r] moves y[r] directly, and every y through mean and var. With w[r] the weight of row r
         # in both, dL/dx[r] = weight * rstd * (g[r] - w[r] * (sum g + x_hat[r] * sum(g * x_hat))).
+        # Where no row stands for others, w[r] is 1/n, and this is the formula of the paper.
         x_hat, rstd, weights = self.saved
         self.bias.grad = sum_g = all_reduce(g.sum(0))
         self.weight.grad = sum_gx = all_reduce((g * x_hat).sum(0))
@@ -244,12 +245,12 @@ def distinct_rows(contexts, vocab_size, batch_size=None):
     minibatch = torch.arange(K, device=contexts.device).view(K, 1, 1)
     ids, rows_below, levels = contexts, vocab_size, []
     while ids.shape[2] > 1:
-        # One number for each pair. They are sorted by minibatch first, as no row is above
-        # rows_below.
+        # Each (minibatch, left, right) is one number in base rows_below, which no row reaches; so
+        # they are sorted by minibatch first. Further down the number is taken apart again.
         pairs = (minibatch * rows_below + ids[..., 0::2]) * rows_below + ids[..., 1::2]
         pairs, ids, counts = torch.unique(pairs, return_inverse=True, return_counts=True)
         sizes = torch.bincount(pairs // rows_below**2, minlength=K)
-        ids = ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)  # counted from 0 in each minibatch
+        ids = ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)  # from 0 on in each minibatch
         children = torch.stack((pairs // rows_below % rows_below, pairs % rows_below), 1).view(-1)
         sizes, n = sizes.tolist(), (batch_size or B) * ids.shape[2]
         children = children.split([2 * size for size in sizes])

@@ -103,7 +103,7 @@ class Vocabulary:
 def windows(names, vocab, block_size, progress=lambda text: None):
     """Names -> (N, block_size + 1) codes: each character and end of a name, after what precedes it.
 
-    All windows are one view over one array of a byte, or four, a character.
+    All names stand in one long row, of a byte or four a character, and each window is a view of it.
     """
     encoding, dtype = ("latin-1", torch.uint8) if len(vocab) <= 256 else ("utf-32-le", torch.int32)
     table = {ord(char): code for char, code in vocab.index.items()}
@@ -123,7 +123,7 @@ def windows(names, vocab, block_size, progress=lambda text: None):
 def contexts_and_targets(window):
     """(..., T + 1) codes -> contexts (..., T) and targets (...), int64."""
     contexts, targets = window[..., :-1].long(), window[..., -1].long()
-    # What stands before the last end token is another name: all of it becomes padding.
+    # What stands before the last end token is another name and becomes padding: "nn.em" is "...em".
     return contexts * (contexts != 0).flip(-1).cumprod(-1).flip(-1), targets
 
 
@@ -212,7 +212,8 @@ def write_tensors(path, content):
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    # torch numbers the tensors in the order in which it meets them, and so does JSON.
+    # torch numbers its records by the order in which it meets the tensors, and JSON meets them in
+    # the same order: so tensor i of the description is record i.
     header = json.dumps(content, default=lambda t: {"dtype": str(t.dtype), "shape": list(t.shape)})
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.writestr(zipfile.ZipInfo(HEADER), header)  # without the time of day
@@ -240,8 +241,8 @@ def read_tensors(path, kinds, advice):
                     told = sum(record.file_size for record in archive.infolist())
             except Exception:  # a broken archive raises almost anything
                 raise damaged from None
-            # Records that are packed or overlap could grow to anything; of a large file that is
-            # none of ours little stands in its directory.
+            # Records that overlap could grow to anything; and a large file whose records are small
+            # is none of ours, and not worth reading.
             if not told <= stream.seek(0, os.SEEK_END) <= 2 * told + 2**20:
                 raise damaged
             stream.seek(0)
@@ -265,7 +266,9 @@ def read_tensors(path, kinds, advice):
 
             content = json.loads(archive.read(HEADER), object_hook=tensor)
     except Exception as error:
-        raise error if out_of_memory(error) else damaged from None
+        if out_of_memory(error):
+            raise
+        raise damaged from None
     if type(content) is not dict or any(type(content.get(key)) is not kinds[key] for key in kinds):
         raise ValueError(f"{path} holds something else: {advice}")
     return content

@@ -161,8 +161,8 @@ class Prefixes:
                 scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
                 left, right = (weight * scale.unsqueeze(1)).T.chunk(2)
                 bias = layer.bias - layer.running_mean * scale
-                past = [(ids, x)] * 2 ** len(self.levels)  # the level's inputs, oldest first
-                self.levels.append((left, right, bias, past))
+                queue = [(ids, x)] * 2 ** len(self.levels)  # the level's inputs, oldest first
+                self.levels.append((left, right, bias, queue))
                 x = tanh_(x @ (left + right) + bias)
         self.ids, self.logits = ids, self.head(x)
 
@@ -172,13 +172,14 @@ class Prefixes:
         self.alive = self.alive[living]
         codes, ids = torch.unique(codes[living], return_inverse=True)
         x = self.embedding.weight[codes]
-        for left, right, bias, past in self.levels:
-            past[:] = [(older_ids[living], older) for older_ids, older in past]
-            past.append((ids, x))
-            older_ids, older = past.pop(0)
+        for left, right, bias, queue in self.levels:
+            queue[:] = [(older_ids[living], older) for older_ids, older in queue]
+            queue.append((ids, x))
+            older_ids, older = queue.pop(0)
             if len(older) == 1:  # all texts have the same there, such as padding
                 x = tanh_(torch.addmm(older @ left + bias, x, right))
                 continue
+            # Each distinct pair (row of older, row of x) is one number, and gets one row.
             pairs, ids = torch.unique(older_ids * len(x) + ids, return_inverse=True)
             used, which = torch.unique_consecutive(pairs // len(x), return_inverse=True)
             y = (x @ right).index_select(0, pairs % len(x))
@@ -321,14 +322,14 @@ def flags():
     add("--max-length", type=length, metavar="N", default=LONGEST, help="of at most so many")
     add("--match", metavar="REGEX", default="", help="in which this regular expression is found")
     add("--new", action="store_true", help="that are not in the list it was trained on, each once")
-    add("--data", metavar="LIST", help="that list; None: names.txt, if it was trained on that")
+    add("--data", metavar="LIST", help="the list for --new; left out: names.txt")
     add = parser.add_argument_group("how they are drawn").add_argument
     positive = number(float, 1e-6, 1e6)
     add("--model", metavar="FILE", default=MODEL, help="the network, as train.py wrote it")
     add("--temperature", type=positive, metavar="T", default=1.0, help="below 1 more usual names")
-    add("--top-k", type=count, metavar="K", help="only from the K likeliest characters; None: all")
+    add("--top-k", type=count, metavar="K", help="only from the K likeliest characters")
     seed, threads = number(int, 0, 2**32 - 1), number(int, 1, 1024)
-    add("--seed", type=seed, metavar="N", help="the same names at every run; None: others")
+    add("--seed", type=seed, metavar="N", help="the same names at every run; left out: others")
     add("--threads", type=threads, metavar="N", default=1, help="processor cores to use")
     add = parser.add_argument_group("instead of drawing").add_argument
     add("--score", metavar="FILE", help="print each name of this file with its loss; -: of stdin")

@@ -51,7 +51,7 @@ def split(names):
     a, b = int(0.8 * len(names)), int(0.9 * len(names))
     parts = names[:a], names[a:b], names[b:]
     if not all(parts):
-        raise ValueError(f"{len(names)} names are too few to split in three: give at least 10")
+        raise ValueError(f"{len(names)} names are too few to split in three: give some hundreds")
     return parts
 
 
@@ -73,7 +73,7 @@ def seed_of(step, args):
     return args.seed * 10**9 + step
 
 
-def draw(window, vocab_size, first, args):
+def minibatches(window, vocab_size, first, args):
     """The minibatches of the steps from `first` on, drawn at random: [(tree, targets (B,))]."""
     generator = torch.Generator().manual_seed(seed_of(first, args))
     shape = chunk_size(args), args.batch_size
@@ -83,22 +83,24 @@ def draw(window, vocab_size, first, args):
     # what often follows a few characters is learnt wherever they stand, as by counts of n-grams.
     share = min(0.8, max(0.0, 6 * (args.dropout - 0.15)))
     left = torch.randint(2, 9, (*shape, 1), generator=generator)
-    left[torch.rand(left.shape, generator=generator) >= share] = args.block_size
-    contexts *= torch.arange(args.block_size, 0, -1) <= left
-    contexts, targets = mine(contexts, targets)
+    left[torch.rand(left.shape, generator=generator) >= share] = args.block_size  # all of them
+    contexts *= torch.arange(args.block_size, 0, -1) <= left  # what is further back becomes padding
+    contexts, targets = own_part(contexts, targets)
     trees = distinct_rows(contexts.to(args.device), vocab_size, args.batch_size)
     return list(zip(trees, targets.to(args.device)))
 
 
-def mine(contexts, targets):
+def own_part(contexts, targets):
     """This process's part of minibatches: contexts (K, B, T), targets (K, B) -> fewer of each."""
     if not parallel():
         return contexts, targets
-    # Contexts that end alike go to the same process, which computes their common rows only once.
-    last, *before = contexts[..., -4:].unbind(2)[::-1]
-    for codes in before:
-        last = last * (contexts.max() + 1) + codes
-    part = last.argsort(dim=1, stable=True).tensor_split(distributed.get_world_size(), 1)[rank()]
+    # Contexts that end alike go to the same process, which computes their common rows only once:
+    # they are sorted by one number for their last four characters, the very last one first.
+    key = torch.zeros_like(targets)
+    for codes in contexts[..., -4:].unbind(2)[::-1]:
+        key = key * (contexts.max() + 1) + codes
+    parts = key.argsort(dim=1, stable=True).tensor_split(distributed.get_world_size(), 1)
+    part = parts[rank()]
     return contexts.take_along_dim(part.unsqueeze(2), 1), targets.take_along_dim(part, 1)
 
 
@@ -175,7 +177,7 @@ def best_scale(net, window, scales):
 def recompute_statistics(net, window, batches):
     """BatchNorm1d's running statistics over windows drawn at random, always the same ones.
 
-    For averaged weights nobody has them: arXiv:1803.05407.
+    Those kept in training would be of the weights before they were averaged: arXiv:1803.05407.
     """
     generator, training = torch.Generator().manual_seed(0), net.training
     norms = [layer for layer in net if isinstance(layer, BatchNorm1d)]
@@ -187,7 +189,7 @@ def recompute_statistics(net, window, batches):
     batch_size = min(8192, max(2048, len(window) // 4))
     for _ in range(batches):
         drawn = torch.randint(len(window), (1, batch_size), generator=generator)
-        contexts, _ = mine(*contexts_and_targets(window[drawn]))
+        contexts, _ = own_part(*contexts_and_targets(window[drawn]))
         (tree,) = distinct_rows(contexts.to(net[0].weight.device), len(net[0].weight), batch_size)
         forward_distinct(net, tree)
     for norm, (momentum, track_running_stats) in zip(norms, before):
@@ -199,9 +201,9 @@ def recompute_statistics(net, window, batches):
 
 
 def towards(average, weights, n):
-    """The nth weights go into their mean with weight 4 / n: it spans about the last quarter.
+    """Polynomial-decay averaging, arXiv:1212.1824: the nth weights get weight 4 / (n + 4).
 
-    It is polynomial-decay averaging, arXiv:1212.1824.
+    Those before count less and less, so that the mean is one of about the last quarter of all.
     """
     return average.lerp(weights, 4 / (n + 4))
 
@@ -244,7 +246,7 @@ def train(
     keep(state) is given all that is needed to go on from there, as `state`, to the very same bits;
     after a signal KeyboardInterrupt follows. sample(net) makes a name to show.
     best is {"step", "loss", "scale": of the logits, "state_dict"}; curves are {"train": [(step,
-    smoothed loss)], "val": [(step, loss, scaled)]}. Raises FloatingPointError when the loss or a
+    smoothed loss)], "val": [(step, loss)]}. Raises FloatingPointError when the loss or a
     weight is not finite any more.
     """
     parameters, average = list(net.parameters()), AveragedModel(net, avg_fn=towards)
@@ -266,11 +268,13 @@ def train(
     bar = tqdm(total=args.steps, initial=start, bar_format=layout, dynamic_ncols=True, disable=None)
     net.train()
     with bar:
+        # `step` steps are done. Each turn first measures and saves, then takes one step more.
         for step in range(start, args.steps + 1):
             try:
                 if step > validated and (step % validate_every == 0 or step == args.steps):
                     validate(average.module, train_windows, val_windows, progress)
                     show(bar, progress, sample(average.module))
+                # A signal to one of several processes stops them all.
                 stop = all_reduce(torch.tensor(len(stopped()), device=args.device)).item()
                 due = step > start and (step % args.checkpoint_every == 0 or step == args.steps)
                 if (due or stop) and not rank():
@@ -280,7 +284,9 @@ def train(
                 if step == args.steps:
                     break
                 if step % chunk == 0 or step == start:
-                    batches = draw(train_windows, len(net[0].weight), step - step % chunk, args)
+                    batches = minibatches(
+                        train_windows, len(net[0].weight), step - step % chunk, args
+                    )
                 torch.manual_seed(~seed_of(step, args))  # of Dropout: other numbers than draw()'s
                 lr = learning_rate(step, args.steps, args.lr)
                 tree, targets = batches[step % chunk]
@@ -317,6 +323,7 @@ def show(bar, progress, name=""):
 def finished(sizes, best, train_windows, val_windows):
     """The network to keep: of the best weights, without Dropout, its logits scaled."""
     net = WaveNet(**sizes)
+    # By position: without Dropout the layers have other numbers, and so other names.
     net.load_state_dict(dict(zip(net.state_dict(), best["state_dict"].values(), strict=True)))
     recompute_statistics(net, train_windows, batches=16)
     scales = [best["scale"] + percent / 100 for percent in range(-5, 6)]
@@ -402,36 +409,30 @@ def process_group(device):
 def flags():
     """The parser of the command line."""
     parser = Parser(description=__doc__)
+    n, size, seed = number(int, 1, 10**12), number(int, 1, 10**5), number(int, 0, 2**32 - 1)
     block_size, batch_size = number(int, 2, model.LARGEST_BLOCK), number(int, 2, 10**6)
-    steps, size, seed = number(int, 1, 10**12), number(int, 1, 10**5), number(int, 0, 2**32 - 1)
     positive, dropout, threads = (
         number(float, 1e-6, 1e6),
         number(float, 0, 0.99),
-        number(int, 1, 1024),
+        number(int, 1, 99),
     )
     add = parser.add_argument_group("files").add_argument
     add("--data", metavar="LIST", default=NAMES, help="a text file, one name a line")
     add("--out", metavar="FILE", default=MODEL, help="the network; its picture goes beside it")
-    add("--init-from", metavar="FILE", help="a network to begin with; None: a new one")
+    add("--init-from", metavar="FILE", help="a network to begin with, in place of a new one")
     add("--resume", action="store_true", help="go on with a training that was interrupted")
-    add(
-        "--checkpoint-every", type=steps, metavar="N", default=3000, help="steps between its states"
-    )
+    add("--checkpoint-every", type=n, metavar="N", default=3000, help="steps between saved states")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=steps, metavar="N", help="SGD steps; None: what suits the list")
-    add("--dropout", type=dropout, metavar="P", help="channels left out; None: what suits the list")
+    add("--steps", type=n, metavar="N", help="steps of SGD; left out: what suits the list")
+    add("--dropout", type=dropout, metavar="P", help="share of channels; left out: what suits")
     add("--lr", type=positive, default=0.1, help="learning rate; a tenth of it in the second half")
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows a step")
-    add("--seed", type=seed, metavar="N", default=1, help="the same weights at every run")
+    add("--seed", type=seed, metavar="N", default=1, help="another number, another network")
     add("--threads", type=threads, metavar="N", default=1, help="processor cores to use")
     add("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train")
     add = parser.add_argument_group("network").add_argument
     add(
-        "--block-size",
-        type=block_size,
-        metavar="N",
-        default=16,
-        help="characters seen: 2, 4, 8 ...",
+        "--block-size", type=block_size, metavar="N", default=16, help="characters seen: 2, 4, 8..."
     )
     add("--n-embd", type=size, metavar="N", default=24, help="size of a character's vector")
     add("--n-hidden", type=size, metavar="N", default=280, help="channels of each level")
@@ -564,7 +565,7 @@ def start(parser, argv, args):
             args = settled(parser, argv, sizes, args.init_from)
         if any(theirs != argv for theirs in from_all(argv)):
             raise ValueError("the processes have different flags: start all with the same")
-        state, args = from_all((state, args))[0]
+        state, args = from_all((state, args))[0]  # all take what process 0 has read
         try:
             run(args, state, trained, out, picture, unfinished)
         except KeyboardInterrupt:
@@ -573,8 +574,10 @@ def start(parser, argv, args):
                 remark(f"stopped; to go on: {again}")
             raise
         except FloatingPointError as error:
-            hint = f"; the last good state is in {unfinished}" * os.path.exists(unfinished)
-            raise ValueError(f"{error}: --lr {args.lr} is too high{hint}") from None
+            hint = f"--lr {args.lr} is too high"
+            if os.path.exists(unfinished):
+                hint += f"; the last good state is in {unfinished}"
+            raise ValueError(f"{error}: {hint}") from None
 
 
 def read_list(args, state):

@@ -1,6 +1,6 @@
 """Times the project against plain code that does the same, in turn, and prints the ratios.
 
-python tests/benchmark.py          about fifteen minutes; close other programs first
+python tests/benchmark.py          about ten minutes; close other programs first
 """
 
 import statistics
@@ -21,7 +21,7 @@ from layers import BatchNorm1d  # noqa: E402
 from model import Vocabulary, WaveNet, contexts_and_targets, load, read_names, windows  # noqa: E402
 from sampling import BATCH, generate  # noqa: E402
 
-ROUNDS = 15
+ROUNDS = 7
 
 
 class PlainNet:
@@ -103,7 +103,7 @@ def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
 
     def ours(steps):
         for first in range(0, steps, train.chunk_size(args)):
-            for batch in train.draw(window, len(vocab), first, args)[: steps - first]:
+            for batch in train.minibatches(window, len(vocab), first, args)[: steps - first]:
                 train.sgd_step(net, parameters, *batch, batch_size, 0.01)
         return steps
 

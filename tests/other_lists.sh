@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind the table "Other lists" of RESULTS.md: each list without a flag, and begun from the shipped
-# network. An hour and a half on one core; the networks and what they printed go into FOLDER.
+# The runs behind the table "Other lists" of RESULTS.md: each list without a flag, and begun from the
+# shipped network. Two hours on one core; the networks and what they printed go into FOLDER.
 #
 #     bash tests/other_lists.sh FOLDER LIST ...
 set -eu

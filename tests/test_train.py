@@ -99,9 +99,9 @@ def small(**changes):
 
 
 def drawn_windows(names, vocab, first, **changes):
-    """What train.draw() drew, read off its trees: (context, target) of the codes."""
+    """What train.minibatches() drew, read off its trees: (context, target) of the codes."""
     window = windows(names, vocab, 4)
-    for (levels, ids), targets in train.draw(window, len(vocab), first, small(**changes)):
+    for (levels, ids), targets in train.minibatches(window, len(vocab), first, small(**changes)):
         rows = [(code,) for code in range(len(vocab))]
         for children, *_ in levels:
             rows = [rows[left] + rows[right] for left, right in children.view(-1, 2).tolist()]
