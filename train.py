@@ -99,6 +99,9 @@ def own_part(contexts, targets):
     key = torch.zeros_like(targets)
     for codes in contexts[..., -4:].unbind(2)[::-1]:
         key = key * (contexts.max() + 1) + codes
+    # The windows before all first characters are alike and cost next to nothing: all get some.
+    spread = torch.arange(key.shape[1]) * (key.max() // key.shape[1])
+    key = torch.where(key == 0, spread, key)
     parts = key.argsort(dim=1, stable=True).tensor_split(distributed.get_world_size(), 1)
     part = parts[rank()]
     return contexts.take_along_dim(part.unsqueeze(2), 1), targets.take_along_dim(part, 1)
@@ -287,7 +290,7 @@ def train(
                     batches = minibatches(
                         train_windows, len(net[0].weight), step - step % chunk, args
                     )
-                torch.manual_seed(~seed_of(step, args))  # of Dropout: other numbers than draw()'s
+                torch.manual_seed(~seed_of(step, args))  # of Dropout: not the numbers that drew
                 lr = learning_rate(step, args.steps, args.lr)
                 tree, targets = batches[step % chunk]
                 loss = sgd_step(net, parameters, tree, targets, args.batch_size, lr, weight_decay)

@@ -29,7 +29,7 @@ settings.load_profile("default")
 
 def run(script, *args, **kwargs):
     """Run a script of the project as its own process -> the finished process, with its output."""
-    kwargs = dict(capture_output=True, text=True, timeout=120) | kwargs
+    kwargs = dict(capture_output=True, text=True, timeout=600) | kwargs
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], **kwargs)
 
 

@@ -207,7 +207,7 @@ def test_torchrun(folder):
         str(ROOT / "train.py"),
     ]
     args = ["--data", str(folder / "names.txt"), "--out", str(out), *SHORT]
-    process = subprocess.run(command + args, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command + args, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("nats a character") == 1 and process.stderr.count("rows") == 1
     load(out)
