@@ -31,102 +31,7 @@ PATIENCE = 10**6  # draws in a row that bring nothing, after which no more are m
 NOT_FINITE = "the network's weights are too large or no numbers: train it anew"
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, a line for each flag; any error is one line on stderr and exit status 2."""
-
-    def __init__(self, description):
-        wide = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=28, width=120)
-        super().__init__(description=description, formatter_class=wide)
-
-    def error(self, message):
-        remark(f"{self.prog}: error: {message}")
-        self.exit(2)
-
-    @contextmanager
-    def one_line_errors(self):
-        """What can go wrong inside ends the program with one line, or quietly: no traceback."""
-        # A stream that was closed before the start is one that nobody reads.
-        sys.stdout = sys.stdout or nobody()
-        sys.stderr = sys.stderr or nobody()
-        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
-        try:
-            with on_signals(interrupt):
-                yield
-                sys.stdout.flush()
-        except KeyboardInterrupt as error:
-            sys.exit(128 + (*error.args, signal.SIGINT)[0])
-        except BrokenPipeError:  # the reader has enough
-            self.close_stdout()
-            sys.exit(141)
-        except OSError as error:  # of reading and writing files, model.py makes a ValueError
-            self.close_stdout()
-            self.error(f"standard output cannot be written ({error.strerror})")
-        except ValueError as error:
-            self.error(str(error))
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            self.error("there is not enough memory: close other programs, or take smaller sizes")
-
-    def close_stdout(self):
-        """Nothing more can be printed, nor must Python try when it ends."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def nobody():
-    """A stream that nobody reads."""
-    return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
-
-
-def remark(text):
-    """Print one line on stderr, what is not printable escaped, whether anybody listens or not."""
-    shown = (char if char.isprintable() else repr(char)[1:-1] for char in text)
-    try:
-        print("".join(shown), file=sys.stderr, flush=True)
-    except OSError:
-        sys.stderr = nobody()
-
-
-@contextmanager
-def on_signals(handler):
-    """Inside, the first signal to stop calls handler(signum), and a second one ends it at once.
-
-    A signal that was ignored, as in the background of a script, stays so.
-    """
-    signums = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)
-    before = {signum: signal.getsignal(signum) for signum in signums}
-    before = {signum: old for signum, old in before.items() if old != signal.SIG_IGN}
-
-    def first(signum, frame):
-        for other in before:
-            signal.signal(other, signal.SIG_DFL)
-        handler(signum)
-
-    for signum in before:
-        signal.signal(signum, first)
-    try:
-        yield
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
-
-
-def interrupt(signum):
-    raise KeyboardInterrupt(signum)
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of `kind`, low <= number <= high."""
-
-    def parse(text):
-        with suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and math.isfinite(value):
-                return value
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low} to {high}")
-
-    return parse
+# Drawing and scoring
 
 
 def tanh_(x):
@@ -308,6 +213,110 @@ def score(net, vocab, names):
         raise ValueError(NOT_FINITE)
     losses[known] = sums / lengths
     return losses.tolist()
+
+
+# What both command lines share
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, a line for each flag; any error is one line on stderr and exit status 2."""
+
+    def __init__(self, description):
+        wide = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=28, width=120)
+        super().__init__(description=description, formatter_class=wide)
+
+    def error(self, message):
+        remark(f"{self.prog}: error: {message}")
+        self.exit(2)
+
+    @contextmanager
+    def one_line_errors(self):
+        """What can go wrong inside ends the program with one line, or quietly: no traceback."""
+        # A stream that was closed before the start is one that nobody reads.
+        sys.stdout = sys.stdout or nobody()
+        sys.stderr = sys.stderr or nobody()
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
+        try:
+            with on_signals(interrupt):
+                yield
+                sys.stdout.flush()
+        except KeyboardInterrupt as error:
+            sys.exit(128 + (*error.args, signal.SIGINT)[0])
+        except BrokenPipeError:  # the reader has enough
+            self.close_stdout()
+            sys.exit(141)
+        except OSError as error:  # of reading and writing files, model.py makes a ValueError
+            self.close_stdout()
+            self.error(f"standard output cannot be written ({error.strerror})")
+        except ValueError as error:
+            self.error(str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            self.error("there is not enough memory: close other programs, or take smaller sizes")
+
+    def close_stdout(self):
+        """Nothing more can be printed, nor must Python try when it ends."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def nobody():
+    """A stream that nobody reads."""
+    return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def remark(text):
+    """Print one line on stderr, what is not printable escaped, whether anybody listens or not."""
+    shown = (char if char.isprintable() else repr(char)[1:-1] for char in text)
+    try:
+        print("".join(shown), file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = nobody()
+
+
+@contextmanager
+def on_signals(handler):
+    """Inside, the first signal to stop calls handler(signum), and a second one ends it at once.
+
+    A signal that was ignored, as in the background of a script, stays so.
+    """
+    signums = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)
+    before = {signum: signal.getsignal(signum) for signum in signums}
+    before = {signum: old for signum, old in before.items() if old != signal.SIG_IGN}
+
+    def first(signum, frame):
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
+        handler(signum)
+
+    for signum in before:
+        signal.signal(signum, first)
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+def interrupt(signum):
+    raise KeyboardInterrupt(signum)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of `kind`, low <= number <= high."""
+
+    def parse(text):
+        with suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and math.isfinite(value):
+                return value
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low} to {high}")
+
+    return parse
+
+
+# The command line of this one
 
 
 def flags():

@@ -85,26 +85,13 @@ def minibatches(window, vocab_size, first, args):
     left = torch.randint(2, 9, (*shape, 1), generator=generator)
     left[torch.rand(left.shape, generator=generator) >= share] = args.block_size  # all of them
     contexts *= torch.arange(args.block_size, 0, -1) <= left  # what is further back becomes padding
-    contexts, targets = own_part(contexts, targets)
-    trees = distinct_rows(contexts.to(args.device), vocab_size, args.batch_size)
-    return list(zip(trees, targets.to(args.device)))
+    trees = distinct_rows(own_part(contexts).to(args.device), vocab_size, args.batch_size)
+    return list(zip(trees, own_part(targets).to(args.device)))
 
 
-def own_part(contexts, targets):
-    """This process's part of minibatches: contexts (K, B, T), targets (K, B) -> fewer of each."""
-    if not parallel():
-        return contexts, targets
-    # Contexts that end alike go to the same process, which computes their common rows only once:
-    # they are sorted by one number for their last four characters, the very last one first.
-    key = torch.zeros_like(targets)
-    for codes in contexts[..., -4:].unbind(2)[::-1]:
-        key = key * (contexts.max() + 1) + codes
-    # The windows before all first characters are alike and cost next to nothing: all get some.
-    spread = torch.arange(key.shape[1]) * (key.max() // key.shape[1])
-    key = torch.where(key == 0, spread, key)
-    parts = key.argsort(dim=1, stable=True).tensor_split(distributed.get_world_size(), 1)
-    part = parts[rank()]
-    return contexts.take_along_dim(part.unsqueeze(2), 1), targets.take_along_dim(part, 1)
+def own_part(drawn):
+    """What this process computes of minibatches (K, B, ...): every nth of each, of n processes."""
+    return drawn[:, rank() :: distributed.get_world_size()] if parallel() else drawn
 
 
 # One step, and what is measured
@@ -192,8 +179,8 @@ def recompute_statistics(net, window, batches):
     batch_size = min(8192, max(2048, len(window) // 4))
     for _ in range(batches):
         drawn = torch.randint(len(window), (1, batch_size), generator=generator)
-        contexts, _ = own_part(*contexts_and_targets(window[drawn]))
-        (tree,) = distinct_rows(contexts.to(net[0].weight.device), len(net[0].weight), batch_size)
+        contexts = own_part(contexts_and_targets(window[drawn])[0]).to(net[0].weight.device)
+        (tree,) = distinct_rows(contexts, len(net[0].weight), batch_size)
         forward_distinct(net, tree)
     for norm, (momentum, track_running_stats) in zip(norms, before):
         norm.momentum, norm.track_running_stats = momentum, track_running_stats
