@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ import model
 import sampling
 import train
 
+# A shell that starts the tests in its background may have them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sampling.PAUSE = 10**9  # no test depends on how long a thing takes
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # for the processes; two threads on a busy machine wait for each other
