@@ -110,8 +110,8 @@ def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
     return ours, window, vocab
 
 
-def training_step(block_size, n_embd, n_hidden, threads=1, dropout=0.0, batch_size=32, steps=100):
-    torch.set_num_threads(threads)
+def training_step(block_size, n_embd, n_hidden, dropout, batch_size, steps=100):
+    torch.set_num_threads(1)
     ours, window, vocab = ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size)
     contexts, targets = contexts_and_targets(window)
     plain_net = PlainNet(len(vocab), block_size, n_embd, n_hidden)
@@ -223,36 +223,20 @@ def row(what, against, values, unit):
 def main():
     print("| what | against | median | spread |\n| --- | --- | --- | --- |")
     for sizes, batch_size in ((16, 24, 280), 32), ((8, 24, 128), 32), ((16, 24, 280), 96):
-        for threads, dropout in (1, 0.0), (2, 0.0), (1, 0.15):
-            what = "training step, block {}, E {}, H {}, batch {}, {} thread{}".format(
-                *sizes, batch_size, threads, "s" * (threads > 1)
-            )
+        for dropout in 0.0, 0.15:
+            what = "training step, block {}, E {}, H {}, batch {}".format(*sizes, batch_size)
             what += ", ours with dropout 0.15" * (dropout > 0)
-            row(what, "plain code", training_step(*sizes, threads, dropout, batch_size), "x")
-    row(
-        "training step, block 16, E 24, H 1024, batch 1024, two processes",
-        "one",
-        two_processes(),
-        "x",
-    )
-    row("20,000 names, 1 thread, start-up taken off", "one at a time", sampling(), "x")
+            row(what, "plain code", training_step(*sizes, dropout, batch_size), "x")
+    row("block 16, E 24, H 1024, batch 1024, two processes", "one", two_processes(), "x")
+    row("20,000 names, start-up taken off", "one at a time", sampling(), "x")
     row("time of `python sampling.py`", '`python -c "import torch"`', start_up(), "x")
     with tempfile.TemporaryDirectory() as folder:
-        row(
-            "peak memory of training",
-            "above `import torch`",
-            training_memory(folder, ROOT / "names.txt"),
-            " MB",
-        )
+        memory = training_memory(folder, ROOT / "names.txt")
+        row("peak memory of training", "above `import torch`", memory, " MB")
         million = Path(folder) / "million.txt"
         text = (ROOT / "names.txt").read_text()
         million.write_text("".join((text * 32).splitlines(keepends=True)[:1_000_000]))
-        row(
-            "the same, 1,000,000 rows",
-            "above `import torch`",
-            training_memory(folder, million),
-            " MB",
-        )
+        row("the same, 1,000,000 rows", "above it", training_memory(folder, million), " MB")
 
 
 if __name__ == "__main__":
