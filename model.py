@@ -239,6 +239,8 @@ def read_tensors(path, kinds, advice):
             try:
                 with zipfile.ZipFile(stream) as archive:
                     told = sum(record.file_size for record in archive.infolist())
+            except MemoryError:
+                raise
             except Exception:  # a broken archive raises almost anything
                 raise damaged from None
             # Records that overlap could grow to anything; and a large file whose records are small

@@ -136,9 +136,12 @@ def encode(vocab, start):
     try:
         return vocab.encode(start)
     except ValueError as error:
-        for near in start.lower(), start.upper():
-            if set(near) <= vocab.index.keys():
-                raise ValueError(f"{error}: did you mean {near!r}?") from None
+        near = ""
+        for char in start:
+            forms = char, char.lower(), char.upper()
+            near += next((form for form in forms if form in vocab.index), "\n")
+        if "\n" not in near:
+            raise ValueError(f"{error}: did you mean {near!r}?") from None
         raise
 
 
@@ -316,6 +319,9 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+POSITIVE, SEED, THREADS = number(float, 1e-6, 1e6), number(int, 0, 2**32 - 1), number(int, 1, 1024)
+
+
 # The command line of this one
 
 
@@ -333,13 +339,11 @@ def flags():
     add("--new", action="store_true", help="that are not in the list it was trained on, each once")
     add("--data", metavar="LIST", help="the list for --new; left out: names.txt")
     add = parser.add_argument_group("how they are drawn").add_argument
-    positive = number(float, 1e-6, 1e6)
     add("--model", metavar="FILE", default=MODEL, help="the network, as train.py wrote it")
-    add("--temperature", type=positive, metavar="T", default=1.0, help="below 1 more usual names")
+    add("--temperature", type=POSITIVE, metavar="T", default=1.0, help="below 1 more usual names")
     add("--top-k", type=count, metavar="K", help="only from the K likeliest characters")
-    seed, threads = number(int, 0, 2**32 - 1), number(int, 1, 1024)
-    add("--seed", type=seed, metavar="N", help="the same names at every run; left out: others")
-    add("--threads", type=threads, metavar="N", default=1, help="processor cores to use")
+    add("--seed", type=SEED, metavar="N", help="the same names at every run; left out: others")
+    add("--threads", type=THREADS, metavar="N", default=1, help="processor cores to use")
     add = parser.add_argument_group("instead of drawing").add_argument
     add("--score", metavar="FILE", help="print each name of this file with its loss; -: of stdin")
     return parser

@@ -32,12 +32,23 @@ from layers import (
     parallel,
 )
 from model import Vocabulary, WaveNet, check, contexts_and_targets, out_of_memory, windows
-from sampling import MODEL, NAMES, Parser, generate, interrupt, nobody, number, on_signals, remark
+from sampling import (
+    MODEL,
+    NAMES,
+    POSITIVE,
+    SEED,
+    THREADS,
+    Parser,
+    generate,
+    interrupt,
+    nobody,
+    number,
+    on_signals,
+    remark,
+)
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
-MEASURED = (
-    430_000  # windows, at most, of a split at the end: the standard error is below 0.002 nats
-)
+MEASURED = 430_000  # windows, at most, of a split at the end: a standard error below 0.002 nats
 SCALES = [0.5 + 0.05 * i for i in range(17)]  # of the logits, from 0.5 to 1.3
 
 
@@ -399,13 +410,8 @@ def process_group(device):
 def flags():
     """The parser of the command line."""
     parser = Parser(description=__doc__)
-    n, size, seed = number(int, 1, 10**12), number(int, 1, 10**5), number(int, 0, 2**32 - 1)
+    n, size, dropout = number(int, 1, 10**12), number(int, 1, 10**5), number(float, 0, 0.99)
     block_size, batch_size = number(int, 2, model.LARGEST_BLOCK), number(int, 2, 10**6)
-    positive, dropout, threads = (
-        number(float, 1e-6, 1e6),
-        number(float, 0, 0.99),
-        number(int, 1, 99),
-    )
     add = parser.add_argument_group("files").add_argument
     add("--data", metavar="LIST", default=NAMES, help="a text file, one name a line")
     add("--out", metavar="FILE", default=MODEL, help="the network; its picture goes beside it")
@@ -415,10 +421,10 @@ def flags():
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=n, metavar="N", help="steps of SGD; left out: what suits the list")
     add("--dropout", type=dropout, metavar="P", help="share of channels; left out: what suits")
-    add("--lr", type=positive, default=0.1, help="learning rate; a tenth of it in the second half")
+    add("--lr", type=POSITIVE, default=0.1, help="learning rate; a tenth of it in the second half")
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows a step")
-    add("--seed", type=seed, metavar="N", default=1, help="another number, another network")
-    add("--threads", type=threads, metavar="N", default=1, help="processor cores to use")
+    add("--seed", type=SEED, metavar="N", default=1, help="another number, another network")
+    add("--threads", type=THREADS, metavar="N", default=1, help="processor cores to use")
     add("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train")
     add = parser.add_argument_group("network").add_argument
     add(
@@ -511,7 +517,9 @@ def locked(path, remove):
     except Timeout:
         raise ValueError(f"another training holds {path}: choose another --out") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}): choose another --out") from None
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror or error}): choose another --out"
+        ) from None
     try:
         yield
     finally:

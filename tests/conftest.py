@@ -22,9 +22,8 @@ import train
 # A shell that starts the tests in its background may have them ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sampling.PAUSE = 10**9  # no test depends on how long a thing takes
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # for the processes; two threads on a busy machine wait for each other
-)
+# Of the processes, too: two threads on a busy machine wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("default")

@@ -1,8 +1,7 @@
 """Interpolated Kneser-Ney counts, the measure to beat; Chen & Goodman 1998.
 
 python tests/kneser_ney.py              names.txt: a 6-gram with discount 0.85
-python tests/kneser_ney.py LIST ...     a table: for each list the order and discount of least
-validation loss
+python tests/kneser_ney.py LIST ...     a table: order and discount of least validation loss
 """
 
 import math

@@ -281,6 +281,12 @@ def test_score(tiny, tmp_path, monkeypatch):
     assert (again.stdout, again.stderr) == (process.stdout, process.stderr)
 
 
+def test_the_form_that_is_known_is_meant_for_each_character():
+    vocab = Vocabulary(["St. Éa"])
+    with pytest.raises(ValueError, match="did you mean 'St. Éa'"):
+        sampling.encode(vocab, "sT. ÉA")
+
+
 def test_new_knows_which_list_was_learnt(tiny, refused):
     refused(main, ["--model", tiny / "model.pth", "--new"], "--data LIST")
     assert forked(main, "--new", "-n", 3).returncode == 0  # the shipped network, and names.txt
