@@ -25,11 +25,12 @@ def parallel():
     return distributed.is_available() and distributed.is_initialized()
 
 
-def all_reduce(tensor):
-    """Sum a tensor over the processes that train together, in place."""
+def all_reduce(*tensors):
+    """Sum each tensor over the processes that train together, in place -> the first of them."""
     if parallel():
-        distributed.all_reduce(tensor)
-    return tensor
+        for work in [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+    return tensors[0]
 
 
 class Embedding(nn.Module):
@@ -96,9 +97,9 @@ class Linear(nn.Module):
         # other.
         (x,) = self.saved
         g_rows = g.reshape(-1, self.out_features)
-        self.weight.grad = all_reduce(g_rows.T @ x.reshape(-1, self.in_features))
+        self.weight.grad = g_rows.T @ x.reshape(-1, self.in_features)
         if self.bias is not None:
-            self.bias.grad = all_reduce(g_rows.sum(0))
+            self.bias.grad = g_rows.sum(0)
         return g @ self.weight
 
     def extra_repr(self):
@@ -166,8 +167,8 @@ class BatchNorm1d(nn.Module):
         # in both, dL/dx[r] = weight * rstd * (g[r] - w[r] * (sum g + x_hat[r] * sum(g * x_hat))).
         # Where no row stands for others, w[r] is 1/n, and this is the formula of the paper.
         x_hat, rstd, weights = self.saved
-        self.bias.grad = sum_g = all_reduce(g.sum(0))
-        self.weight.grad = sum_gx = all_reduce((g * x_hat).sum(0))
+        self.bias.grad, self.weight.grad = g.sum(0), (g * x_hat).sum(0)
+        sum_g, sum_gx = all_reduce(torch.stack((self.bias.grad, self.weight.grad)))
         through_all = torch.addcmul(sum_g, x_hat, sum_gx)
         direct = torch.addcmul(g, through_all, weights.unsqueeze(1), value=-1)
         return direct * (self.weight * rstd)
@@ -291,4 +292,4 @@ def backward_distinct(net, tree, g):
         if isinstance(layer, FlattenConsecutive):
             g = g.flatten(0, 1)
             g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, next(coming).children, g)
-    embedding.weight.grad = all_reduce(g)
+    embedding.weight.grad = g

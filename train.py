@@ -13,6 +13,7 @@ import shlex
 import sys
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import islice
 from textwrap import shorten
 
 import torch
@@ -48,7 +49,7 @@ from sampling import (
 )
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
-MEASURED = 430_000  # windows, at most, of a split at the end: a standard error below 0.002 nats
+ERROR = 0.002  # nats: a loss with a smaller standard error is known well enough
 SCALES = [0.5 + 0.05 * i for i in range(17)]  # of the logits, from 0.5 to 1.3
 
 
@@ -74,30 +75,28 @@ def recipe(n):
     }
 
 
-def chunk_size(args):
-    """How many steps' minibatches are drawn at once: a hundred small ones cost as much as one."""
-    return max(1, min(100, 2**22 // (args.batch_size * args.block_size)))
-
-
 def seed_of(step, args):
     """What is drawn at a step depends on it and --seed alone: a resumed training draws it, too."""
     return args.seed * 10**9 + step
 
 
-def minibatches(window, vocab_size, first, args):
-    """The minibatches of the steps from `first` on, drawn at random: [(tree, targets (B,))]."""
-    generator = torch.Generator().manual_seed(seed_of(first, args))
-    shape = chunk_size(args), args.batch_size
-    drawn = torch.randint(len(window), shape, generator=generator)
-    contexts, targets = contexts_and_targets(window[drawn])
-    # Dropout of what is far away: of some contexts only the last 2 to 8 characters are left. So
-    # what often follows a few characters is learnt wherever they stand, as by counts of n-grams.
-    share = min(0.8, max(0.0, 6 * (args.dropout - 0.15)))
-    left = torch.randint(2, 9, (*shape, 1), generator=generator)
-    left[torch.rand(left.shape, generator=generator) >= share] = args.block_size  # all of them
-    contexts *= torch.arange(args.block_size, 0, -1) <= left  # what is further back becomes padding
-    trees = distinct_rows(own_part(contexts).to(args.device), vocab_size, args.batch_size)
-    return list(zip(trees, own_part(targets).to(args.device)))
+def minibatches(window, vocab_size, start, args):
+    """Yield the minibatches of the steps from `start` on, drawn at random: (tree, targets (B,))."""
+    # A hundred small ones are drawn at once, which takes as long as to draw one.
+    chunk = max(1, min(100, 2**22 // (args.batch_size * args.block_size)))
+    for first in range(start - start % chunk, args.steps, chunk):
+        generator = torch.Generator().manual_seed(seed_of(first, args))
+        drawn = own_part(torch.randint(len(window), (chunk, args.batch_size), generator=generator))
+        contexts, targets = contexts_and_targets(window[drawn])
+        # Dropout of what is far away: of some contexts only the last 2 to 8 characters are left. So
+        # what often follows a few characters is learnt wherever they stand, as by counts of
+        # n-grams.
+        share = min(0.8, max(0.0, 6 * (args.dropout - 0.15)))
+        left = torch.randint(2, 9, (chunk, args.batch_size, 1), generator=generator)
+        left[torch.rand(left.shape, generator=generator) >= share] = args.block_size  # all of them
+        contexts *= torch.arange(args.block_size, 0, -1) <= own_part(left)  # the others are padding
+        trees = distinct_rows(contexts.to(args.device), vocab_size, args.batch_size)
+        yield from islice(zip(trees, targets.to(args.device)), max(0, start - first), None)
 
 
 def own_part(drawn):
@@ -114,13 +113,14 @@ def learning_rate(step, steps, lr):
 
 
 def cross_entropy(logits, targets, n):
-    """Logits (B, V), targets (B,) of a minibatch of n -> mean loss (nats), (softmax - one-hot) / n.
+    """Logits (B, V), targets (B,) of a minibatch of n -> sum of the losses / n, its gradient.
 
-    The second is the gradient of the first by the logits. With several processes B is less than n.
+    The loss is in nats; the gradient by the logits is (softmax - one-hot) / n. Of several processes
+    each has B < n.
     """
     targets = targets.unsqueeze(1)
     log_probs = logits.log_softmax(1)
-    loss = all_reduce(-log_probs.gather(1, targets).sum() / n).item()
+    loss = -log_probs.gather(1, targets).sum() / n
     return loss, log_probs.exp().scatter_(1, targets, -1.0, reduce="add").div_(n)
 
 
@@ -138,32 +138,38 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0):
     logits = forward_distinct(net, tree)
     loss, grad = cross_entropy(logits, targets, n)
     backward_distinct(net, tree, grad)
+    all_reduce(loss, *(parameter.grad for parameter in parameters))
     for parameter in parameters:
         if weight_decay and parameter.dim() == 2:
             parameter.mul_(1 - lr * weight_decay)
         parameter.sub_(parameter.grad, alpha=lr)
-    return loss
+    return loss.item()
 
 
 @torch.no_grad()
 def predictions(net, window, batch_size=8192):
     """Yield logits (B, V) of the network in eval mode and targets (B,), for all windows."""
-    device, training = net[0].weight.device, net.training
-    net.eval()
+    device = net.eval()[0].weight.device
     for part in window.split(batch_size):
         contexts, targets = contexts_and_targets(part)
         (tree,) = distinct_rows(contexts[None].to(device), len(net[0].weight))
         yield forward_distinct(net, tree), targets.to(device)
-    net.train(training)
 
 
 def evaluate(net, window, scales=(1.0,)):
-    """Mean loss, nats a character, in eval mode over all windows, for each scale of the logits."""
-    total = torch.zeros(len(scales), dtype=torch.float64)
+    """Mean loss, nats a character, in eval mode, for each scale of the logits.
+
+    It is that of all windows, or of the first ones, when their mean has a standard error < ERROR.
+    """
+    total, squares, n = 0.0, 0.0, 0
     for logits, targets in predictions(net, window):
-        losses = [F.cross_entropy(scale * logits, targets, reduction="sum") for scale in scales]
-        total += torch.tensor(losses)
-    return (total / len(window)).tolist()
+        losses = [F.cross_entropy(scale * logits, targets, reduction="none") for scale in scales]
+        losses = torch.stack(losses).cpu().double()
+        total, squares = total + losses.sum(1), squares + losses.square().sum(1)
+        n += len(targets)
+        if n > VALIDATED and (squares / n - (total / n) ** 2).max() < n * ERROR**2:
+            break
+    return (total / n).tolist()
 
 
 def best_scale(net, window, scales):
@@ -180,22 +186,18 @@ def recompute_statistics(net, window, batches):
 
     Those kept in training would be of the weights before they were averaged: arXiv:1803.05407.
     """
-    generator, training = torch.Generator().manual_seed(0), net.training
-    norms = [layer for layer in net if isinstance(layer, BatchNorm1d)]
-    before = [(norm.momentum, norm.track_running_stats) for norm in norms]
-    net.eval()  # no Dropout
-    for norm in norms:
-        norm.train().num_batches_tracked.zero_()
-        norm.momentum, norm.track_running_stats = None, True  # None: the mean of all batches
+    generator = torch.Generator().manual_seed(0)
+    for layer in net.eval():  # no Dropout
+        if isinstance(layer, BatchNorm1d):
+            layer.train().num_batches_tracked.zero_()
+            layer.momentum = None  # the mean of all batches
     batch_size = min(8192, max(2048, len(window) // 4))
     for _ in range(batches):
         drawn = torch.randint(len(window), (1, batch_size), generator=generator)
         contexts = own_part(contexts_and_targets(window[drawn])[0]).to(net[0].weight.device)
         (tree,) = distinct_rows(contexts, len(net[0].weight), batch_size)
         forward_distinct(net, tree)
-    for norm, (momentum, track_running_stats) in zip(norms, before):
-        norm.momentum, norm.track_running_stats = momentum, track_running_stats
-    net.train(training)
+    net.eval()
 
 
 # The whole training
@@ -261,7 +263,8 @@ def train(
     for layer in net:
         if isinstance(layer, BatchNorm1d):
             layer.track_running_stats = False  # validate() measures them when they are needed
-    every, chunk = max(1, args.steps // 200), chunk_size(args)
+    batches = minibatches(train_windows, len(net[0].weight), start, args)
+    every = max(1, args.steps // 200)
     weight_decay = 60 / max(12_000, args.steps)
     # To validate on a thousand windows takes the time of some ten steps: it shall be a small part.
     validate_every = max(args.steps // 40, len(val_windows) // 20, 1)
@@ -284,13 +287,9 @@ def train(
                     raise KeyboardInterrupt(*stopped() or [signal.SIGTERM])
                 if step == args.steps:
                     break
-                if step % chunk == 0 or step == start:
-                    batches = minibatches(
-                        train_windows, len(net[0].weight), step - step % chunk, args
-                    )
+                tree, targets = next(batches)
                 torch.manual_seed(~seed_of(step, args))  # of Dropout: not the numbers that drew
                 lr = learning_rate(step, args.steps, args.lr)
-                tree, targets = batches[step % chunk]
                 loss = sgd_step(net, parameters, tree, targets, args.batch_size, lr, weight_decay)
             except RuntimeError as error:
                 # Another process has ended: the weights still are those of this step.
@@ -340,7 +339,7 @@ def final_losses(net, split_windows):
     for part, some in split_windows.items():
         # In a list of distinct names all that validates is unseen.
         again = part == "unseen" and len(some) == len(split_windows["val"])
-        losses[part] = losses["val"] if again else evaluate(net, some[:MEASURED])[0]
+        losses[part] = losses["val"] if again else evaluate(net, some)[0]
     if not all(map(math.isfinite, losses.values())):
         raise FloatingPointError("the losses of the finished network are not finite")
     return losses
@@ -678,8 +677,9 @@ def run(args, state, trained, out, picture, unfinished):
         os.remove(unfinished)
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
-    if len(train_windows) > MEASURED:
-        print(f"measured on the first {MEASURED:,} windows of a split, validated on {VALIDATED:,}")
+    if len(split_windows["val"]) > VALIDATED:
+        what = f"validated on {VALIDATED:,} windows, measured on as many as make the standard error"
+        print(f"{what} less than {ERROR} nats")
     what = f"step {best['step']:,}, of least validation loss, logits times {best['scale']:.2f}"
     print(f"kept: the averaged weights of {what}")
     print("\n".join(generate(net, vocab, 10)))

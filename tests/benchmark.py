@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -94,6 +95,7 @@ def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
     window = windows(train.split(names)[0], vocab, block_size)
     torch.manual_seed(1)
     flags = "--batch-size", batch_size, "--dropout", dropout, "--block-size", block_size
+    flags += "--steps", 10**9
     args = train.flags().parse_args(list(map(str, flags)))
     net = WaveNet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
     for layer in net:
@@ -102,9 +104,8 @@ def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
     parameters = list(net.parameters())
 
     def ours(steps):
-        for first in range(0, steps, train.chunk_size(args)):
-            for batch in train.minibatches(window, len(vocab), first, args)[: steps - first]:
-                train.sgd_step(net, parameters, *batch, batch_size, 0.01)
+        for batch in islice(train.minibatches(window, len(vocab), 0, args), steps):
+            train.sgd_step(net, parameters, *batch, batch_size, 0.01)
         return steps
 
     return ours, window, vocab
@@ -149,7 +150,7 @@ def sampling(n=20_000):
     return in_turn(ours, plain)
 
 
-def worker(steps=20):
+def worker(steps=100):
     """One of several processes, or the only one: prints the seconds of some large steps."""
     torch.set_num_threads(1)
     with train.process_group("cpu"):
