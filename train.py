@@ -125,8 +125,11 @@ def cross_entropy(logits, targets, n):
 
 
 @torch.inference_mode()  # every operation takes less time than under no_grad
-def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0):
+def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=()):
     """One step of SGD on a minibatch of n windows -> its loss. Only matrices decay.
+
+    They decay to 0, or to what they were in the network that the training began with, `origin`:
+    L2-SP, arXiv:1802.01483.
 
     It is this, but each distinct row is computed once, and the gradients are worked out by hand:
 
@@ -139,9 +142,11 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0):
     loss, grad = cross_entropy(logits, targets, n)
     backward_distinct(net, tree, grad)
     all_reduce(loss, *(parameter.grad for parameter in parameters))
-    for parameter in parameters:
+    for i, parameter in enumerate(parameters):
         if weight_decay and parameter.dim() == 2:
             parameter.mul_(1 - lr * weight_decay)
+            if origin:
+                parameter.add_(origin[i], alpha=lr * weight_decay)
         parameter.sub_(parameter.grad, alpha=lr)
     return loss.item()
 
@@ -211,6 +216,11 @@ def towards(average, weights, n):
     return average.lerp(weights, 4 / (n + 4))
 
 
+def copy_of(net):
+    """Its state dict, which later steps do not change."""
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
 def validate(average, train_windows, val_windows, progress):
     """Measure the averaged weights, and copy them to progress["best"] if none were better."""
     recompute_statistics(average, train_windows, batches=1)
@@ -219,19 +229,17 @@ def validate(average, train_windows, val_windows, progress):
     loss, scale = best_scale(average, val_windows, SCALES)
     progress["curves"]["val"].append((progress["step"], loss))
     if not progress["best"] or loss < progress["best"]["loss"]:
-        weights = {name: tensor.clone() for name, tensor in average.state_dict().items()}
-        best = {"step": progress["step"], "loss": loss, "scale": scale, "state_dict": weights}
-        progress["best"] = best
+        best = {"step": progress["step"], "loss": loss, "scale": scale}
+        progress["best"] = best | {"state_dict": copy_of(average)}
 
 
-def snapshot(net, average, progress, steps):
-    """All that is needed to go on. Raises FloatingPointError where a number is not finite."""
-    tensors = {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
+def checked(progress, net, steps):
+    """What train() knows, to be kept. Raises FloatingPointError where a number is not finite."""
     try:
-        check_state(progress | tensors, net, steps)
+        check_state(progress, net, steps)
     except ValueError as error:
         raise FloatingPointError(f"{error} at step {progress['step']}") from None
-    return progress | tensors
+    return progress
 
 
 def nothing(*args):
@@ -241,23 +249,37 @@ def nothing(*args):
 
 @torch.no_grad()
 def train(
-    net, train_windows, val_windows, args, state=None, keep=nothing, stopped=nothing, sample=nothing
+    net,
+    train_windows,
+    val_windows,
+    args,
+    begun=False,
+    state=None,
+    keep=nothing,
+    stopped=nothing,
+    sample=nothing,
 ):
     """Plain SGD -> (best, curves): the averaged weights of least validation loss, and all losses.
 
     Every args.checkpoint_every steps, after the last, and when stopped() holds a signal,
     keep(state) is given all that is needed to go on from there, as `state`, to the very same bits;
-    after a signal KeyboardInterrupt follows. sample(net) makes a name to show.
+    after a signal KeyboardInterrupt follows. sample(net) makes a name to show. Where the network
+    has begun as a trained one, its weights decay to what they were then.
     best is {"step", "loss", "scale": of the logits, "state_dict"}; curves are {"train": [(step,
     smoothed loss)], "val": [(step, loss)]}. Raises FloatingPointError when the loss or a
     weight is not finite any more.
     """
     parameters, average = list(net.parameters()), AveragedModel(net, avg_fn=towards)
     progress = {"step": 0, "loss_sum": 0.0, "curves": {"train": [], "val": []}, "best": {}}
+    progress["origin"] = copy_of(net) if begun else {}
     if state:
         progress = {key: state[key] for key in progress}
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
+    # Views of what changes from step to step.
+    progress |= {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
+    names = [name for name, _ in net.named_parameters() if progress["origin"]]
+    origin = [progress["origin"][name].to(args.device) for name in names]
     start, curves = progress["step"], progress["curves"]
     validated = curves["val"][-1][0] if curves["val"] else 0
     for layer in net:
@@ -282,7 +304,7 @@ def train(
                 stop = all_reduce(torch.tensor(len(stopped()), device=args.device)).item()
                 due = step > start and (step % args.checkpoint_every == 0 or step == args.steps)
                 if (due or stop) and not rank():
-                    keep(snapshot(net, average, progress, args.steps))
+                    keep(checked(progress, net, args.steps))
                 if stop:
                     raise KeyboardInterrupt(*stopped() or [signal.SIGTERM])
                 if step == args.steps:
@@ -290,11 +312,12 @@ def train(
                 tree, targets = next(batches)
                 torch.manual_seed(~seed_of(step, args))  # of Dropout: not the numbers that drew
                 lr = learning_rate(step, args.steps, args.lr)
-                loss = sgd_step(net, parameters, tree, targets, args.batch_size, lr, weight_decay)
+                decay = weight_decay, origin
+                loss = sgd_step(net, parameters, tree, targets, args.batch_size, lr, *decay)
             except RuntimeError as error:
                 # Another process has ended: the weights still are those of this step.
                 if parallel() and not rank() and not out_of_memory(error):
-                    keep(snapshot(net, average, progress, args.steps))
+                    keep(checked(progress, net, args.steps))
                 raise
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
@@ -439,7 +462,7 @@ def flags():
 OF_THE_RUN = "steps batch_size block_size n_embd n_hidden lr dropout seed threads device".split()
 REMEMBERED = OF_THE_RUN + ["checkpoint_every", "data"]
 STATE = {"step": int, "loss_sum": float, "curves": dict, "state_dict": dict, "average": dict}
-STATE |= {"best": dict, "names": str, "flags": dict}
+STATE |= {"best": dict, "origin": dict, "names": str, "flags": dict}
 
 
 def settled(parser, argv, given, what):
@@ -483,6 +506,8 @@ def check_state(state, net, steps):
     check(state["average"], AveragedModel(net))
     if best or curves["val"]:
         check(best["state_dict"], net)
+    if state["origin"]:
+        check(state["origin"], net)
 
 
 def files_of(out, data):
@@ -655,7 +680,15 @@ def run(args, state, trained, out, picture, unfinished):
     signals = []
     with on_signals(signals.append):
         best, curves = train(
-            net, train_windows, val_windows, args, state, keep, lambda: signals, sample
+            net,
+            train_windows,
+            val_windows,
+            args,
+            bool(trained),
+            state,
+            keep,
+            lambda: signals,
+            sample,
         )
     if rank():
         return

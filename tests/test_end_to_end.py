@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, forked, run
 
+from model import load
 from train import main
 
 SMALL = "--steps 20 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
@@ -57,6 +58,20 @@ def test_help_names_every_default():
     for script in "train.py", "sampling.py":
         process = run(script, "--help")
         assert process.returncode == 0 and process.stderr == ""
+
+
+def test_begun_from_a_network(tiny, tmp_path, refused):
+    """With its sizes it begins as it: the smallest steps leave it as it is. Others are refused."""
+    args = ["--init-from", tiny / "model.pth", "--data", tiny / "names.txt"]
+    out = tmp_path / "own.pth"
+    process = forked(main, *args, "--out", out, "--steps", 1, "--lr", 1e-6, "--dropout", 0)
+    assert process.returncode == 0, process.stderr
+    (net, _, made), (old, *_) = load(out), load(tiny / "model.pth")
+    assert net.config == old.config and made["steps"] == 1
+    for name, parameter in list(net.named_parameters())[:-2]:  # the last two are scaled
+        torch.testing.assert_close(parameter, old.get_parameter(name), rtol=0, atol=1e-4)
+    refused(main, [*args, "--out", tmp_path / "other.pth", "--n-hidden", 9], "--n-hidden 9")
+    refused(main, ["--init-from", tmp_path / "none.pth", "--out", out], "none.pth cannot be read")
 
 
 @pytest.mark.parametrize(

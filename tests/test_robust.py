@@ -112,6 +112,16 @@ def test_stopped_at_any_moment_and_resumed_to_the_same_bytes(
     assert sorted(os.listdir(folder)) == ["names.txt", "own.png", "own.pth"]
 
 
+def test_begun_stopped_and_resumed_to_the_same_bytes(folder, tiny):
+    """What the weights decay to is kept, and --init-from need not be said again."""
+    begun = command(folder, "--init-from", tiny / "model.pth")
+    assert forked(train.main, *begun).returncode == 0
+    expected = result(folder)
+    assert train_until("sgd_step", 123, [signal.SIGTERM], *begun).returncode != 0
+    assert forked(train.main, "--out", folder / "own.pth", "--resume").returncode == 0
+    assert result(folder) == expected
+
+
 @pytest.mark.parametrize("script", ["train.py", "sampling.py"])
 def test_stopped_while_torch_is_imported(script, tmp_path):
     """A module torch that takes its time; no traceback, whoever imports it."""
@@ -535,6 +545,8 @@ def test_a_broken_state_is_refused(interrupted, refused, capsys):
         {"curves": {"train": "", "val": ""}, "best": {}},
         {"curves": {"train": [], "val": [(450, 1.0)]}},
         {"best": {}},
+        {"origin": {"0.weight": torch.zeros(1)}},
+        {"origin": []},
         {"curves": state["curves"] | {"x": [5]}},
         {"step": 450, "best": {}},
         {"flags": state["flags"] | {"data": "/dev/zero"}},

@@ -225,8 +225,13 @@ def test_a_short_list_is_learnt_by_heart():
     assert train.evaluate(net, window)[0] == pytest.approx(6 * math.log(6) / len(window), abs=0.03)
 
 
-def test_200_steps_are_those_of_torch():
-    """Every loss against torch's own layers, autograd and SGD on the same minibatches."""
+@pytest.mark.parametrize("weight_decay, begun", [(0.0, False), (0.05, False), (0.05, True)])
+def test_200_steps_are_those_of_torch(weight_decay, begun):
+    """Every loss against torch's layers, autograd and SGD on the same minibatches, and the weights.
+
+    Matrices decay to 0 or, begun from a trained network, to what they were: with a penalty of
+    weight_decay / 2 times the square of the difference.
+    """
     vocab = Vocabulary(NAMES)
     window = windows(NAMES, vocab, 8)
     torch.manual_seed(0)
@@ -234,17 +239,24 @@ def test_200_steps_are_those_of_torch():
     same.load_state_dict(ours.state_dict())
     optimizer = torch.optim.SGD(same.parameters(), lr=0.1)
     parameters, generator = list(ours.parameters()), torch.Generator().manual_seed(1)
+    origin = [parameter.detach().clone() for parameter in parameters] if begun else []
     for _ in range(200):
         drawn = window[torch.randint(len(window), (32,), generator=generator)]
         contexts, targets = contexts_and_targets(drawn)
         loss = F.cross_entropy(same(contexts), targets)
+        penalty = 0
+        for i, parameter in enumerate(same.parameters()):
+            if parameter.dim() == 2:
+                away = parameter - origin[i] if begun else parameter
+                penalty = penalty + weight_decay / 2 * away.square().sum()
         optimizer.zero_grad()
-        loss.backward()
+        (loss + penalty).backward()
         optimizer.step()
         (tree,) = distinct_rows(contexts[None], len(vocab))
-        assert train.sgd_step(ours, parameters, tree, targets, 32, 0.1) == pytest.approx(
-            loss.item(), abs=1e-3
-        )
+        ours_loss = train.sgd_step(ours, parameters, tree, targets, 32, 0.1, weight_decay, origin)
+        assert ours_loss == pytest.approx(loss.item(), abs=1e-3)
+    for mine, theirs in zip(parameters, same.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
 
 
 def weights_of_every_step(monkeypatch):
