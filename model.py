@@ -171,13 +171,6 @@ class WaveNet(nn.Sequential):
         return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
 
 
-def count_parameters(vocab_size, block_size, n_embd, n_hidden):
-    """How many parameters a network of these sizes would have, without the memory to make it."""
-    levels = block_size.bit_length() - 1
-    matrices = 2 * n_embd * n_hidden + (levels - 1) * 2 * n_hidden**2
-    return vocab_size * n_embd + matrices + levels * 2 * n_hidden + (n_hidden + 1) * vocab_size
-
-
 def write(path, data):
     """Put bytes into the file at path, so that a crash leaves either the old or the whole new file.
 
@@ -322,13 +315,12 @@ def load(path):
             raise ValueError("its sizes are impossible")
         if config["vocab_size"] != len(chars) or config["block_size"] > LARGEST_BLOCK:
             raise ValueError("its sizes are impossible")
-        levels = config["block_size"].bit_length() - 1
-        numbers = count_parameters(**config) + levels * (2 * config["n_hidden"] + 1)
-        if numbers != sum(tensor.numel() for tensor in state.values()):  # before memory is taken
-            raise ValueError("its weights are not as many as its sizes say")
-        net = WaveNet(**config)
+        with torch.device("meta"):  # takes no memory, whatever the sizes
+            net = WaveNet(**config)
         check(state, net)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         what = f"is no network of train.py ({shorten(str(error), 80)}): name another one"
         raise ValueError(f"{path} {what}") from None
     net.load_state_dict(state, assign=True)

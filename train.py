@@ -233,20 +233,6 @@ def validate(average, train_windows, val_windows, progress):
         progress["best"] = best | {"state_dict": copy_of(average)}
 
 
-def checked(progress, net, steps):
-    """What train() knows, to be kept. Raises FloatingPointError where a number is not finite."""
-    try:
-        check_state(progress, net, steps)
-    except ValueError as error:
-        raise FloatingPointError(f"{error} at step {progress['step']}") from None
-    return progress
-
-
-def nothing(*args):
-    """What train() does with its states, and where its signals and names come from, by default."""
-    return ""
-
-
 @torch.no_grad()
 def train(
     net,
@@ -255,9 +241,9 @@ def train(
     args,
     begun=False,
     state=None,
-    keep=nothing,
-    stopped=nothing,
-    sample=nothing,
+    keep=lambda state: None,
+    stopped=list,
+    sample=lambda net: "",
 ):
     """Plain SGD -> (best, curves): the averaged weights of least validation loss, and all losses.
 
@@ -293,6 +279,14 @@ def train(
     layout = "{percentage:3.0f}%|{bar:10}|{postfix} {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}]"
     bar = tqdm(total=args.steps, initial=start, bar_format=layout, dynamic_ncols=True, disable=None)
     net.train()
+
+    def save():
+        try:
+            check_state(progress, net, args.steps)
+        except ValueError as error:
+            raise FloatingPointError(f"{error} at step {progress['step']}") from None
+        keep(progress)
+
     with bar:
         # `step` steps are done. Each turn first measures and saves, then takes one step more.
         for step in range(start, args.steps + 1):
@@ -304,7 +298,7 @@ def train(
                 stop = all_reduce(torch.tensor(len(stopped()), device=args.device)).item()
                 due = step > start and (step % args.checkpoint_every == 0 or step == args.steps)
                 if (due or stop) and not rank():
-                    keep(checked(progress, net, args.steps))
+                    save()
                 if stop:
                     raise KeyboardInterrupt(*stopped() or [signal.SIGTERM])
                 if step == args.steps:
@@ -312,12 +306,12 @@ def train(
                 tree, targets = next(batches)
                 torch.manual_seed(~seed_of(step, args))  # of Dropout: not the numbers that drew
                 lr = learning_rate(step, args.steps, args.lr)
-                decay = weight_decay, origin
-                loss = sgd_step(net, parameters, tree, targets, args.batch_size, lr, *decay)
+                batch = tree, targets, args.batch_size
+                loss = sgd_step(net, parameters, *batch, lr, weight_decay, origin)
             except RuntimeError as error:
                 # Another process has ended: the weights still are those of this step.
                 if parallel() and not rank() and not out_of_memory(error):
-                    keep(checked(progress, net, args.steps))
+                    save()
                 raise
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
@@ -627,8 +621,10 @@ def new_network(args, vocab, trained):
     """The network before its first step. Raises ValueError when the memory is too small."""
     sizes = dict(vocab_size=len(vocab), block_size=args.block_size)
     sizes |= dict(n_embd=args.n_embd, n_hidden=args.n_hidden)
+    with torch.device("meta"):  # takes no memory
+        parameters = sum(parameter.numel() for parameter in WaveNet(**sizes).parameters())
     # Four bytes for each weight, its gradient, its mean, and two copies when they are saved.
-    needed, memory = 20 * model.count_parameters(**sizes), math.inf
+    needed, memory = 20 * parameters, math.inf
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -650,16 +646,17 @@ def run(args, state, trained, out, picture, unfinished):
     if parallel() and args.batch_size < distributed.get_world_size():
         raise ValueError(f"--batch-size {args.batch_size} is less than the number of processes")
     digest, rows, vocab, split_windows = read_list(args, state)
-    train_windows, val_windows = split_windows["train"], split_windows["val"][:VALIDATED]
-    chosen = recipe(len(train_windows)).items()
+    data = split_windows["train"], split_windows["val"][:VALIDATED]
+    chosen = recipe(len(data[0])).items()
     chosen = {name: value for name, value in chosen if getattr(args, name) is None}
     vars(args).update(chosen, data=os.path.abspath(args.data))
     net = new_network(args, vocab, trained)
     counts = ", ".join(f"{part} {len(some):,}" for part, some in split_windows.items())
-    parameters = f"{model.count_parameters(**net.config):,} parameters"
-    remark(f"{rows:,} rows, {len(vocab) - 1} characters; windows: {counts}; {parameters}")
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    what = f"{rows:,} rows, {len(vocab) - 1} characters; windows: {counts}"
+    remark(f"{what}; {parameters:,} parameters")
     for name, value in chosen.items():
-        remark(f"--{name} {value}, which suits {len(train_windows):,} training windows")
+        remark(f"--{name} {value}, which suits {len(data[0]):,} training windows")
     if state:
         try:
             check_state(state, net, args.steps)
@@ -679,24 +676,15 @@ def run(args, state, trained, out, picture, unfinished):
 
     signals = []
     with on_signals(signals.append):
-        best, curves = train(
-            net,
-            train_windows,
-            val_windows,
-            args,
-            bool(trained),
-            state,
-            keep,
-            lambda: signals,
-            sample,
-        )
+        hooks = keep, lambda: signals, sample
+        best, curves = train(net, *data, args, bool(trained), state, *hooks)
     if rank():
         return
     if parallel():
         distributed.destroy_process_group()  # from here on this process works alone
     if signals:
         interrupt(signals[0])
-    net = finished(net.config, best, train_windows, val_windows)
+    net = finished(net.config, best, *data)
     losses = final_losses(net, split_windows)
     made = {name: getattr(args, name) for name in OF_THE_RUN}
     made |= {"names": digest, "rows": rows, "kept": best["step"], "losses": losses}
