@@ -49,7 +49,8 @@ from sampling import (
 )
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
-ERROR = 0.002  # nats: a loss with a smaller standard error is known well enough
+MEASURED = 430_000  # windows, at most, of a split at the end
+ERROR = 0.002  # nats: fewer are enough where the standard error of the loss is less than that
 SCALES = [0.5 + 0.05 * i for i in range(17)]  # of the logits, from 0.5 to 1.3
 
 
@@ -177,12 +178,21 @@ def evaluate(net, window, scales=(1.0,)):
     return (total / n).tolist()
 
 
-def best_scale(net, window, scales):
+def best_scale(net, window, scales, scale):
     """(loss, scale) of the scale of the logits with the least loss: arXiv:1706.04599.
 
-    What it has learnt by heart makes a network too sure of what it has not seen.
+    What it has learnt by heart makes a network too sure of what it has not seen. The loss is a
+    convex function of the scale: so the way from `scale` to the best one is downhill.
     """
-    return min(zip(evaluate(net, window, scales), scales))
+    losses = {}
+    while True:
+        i = scales.index(scale)
+        if near := [other for other in scales[max(0, i - 1) : i + 2] if other not in losses]:
+            losses |= zip(near, evaluate(net, window, near))
+        best = min(losses, key=losses.get)
+        if best == scale:
+            return losses[scale], scale
+        scale = best
 
 
 @torch.no_grad()
@@ -201,7 +211,7 @@ def recompute_statistics(net, window, batches):
         drawn = torch.randint(len(window), (1, batch_size), generator=generator)
         contexts = own_part(contexts_and_targets(window[drawn])[0]).to(net[0].weight.device)
         (tree,) = distinct_rows(contexts, len(net[0].weight), batch_size)
-        forward_distinct(net, tree)
+        forward_distinct(net[:-1], tree)
     net.eval()
 
 
@@ -226,7 +236,8 @@ def validate(average, train_windows, val_windows, progress):
     recompute_statistics(average, train_windows, batches=1)
     if rank():
         return
-    loss, scale = best_scale(average, val_windows, SCALES)
+    last = progress["best"].get("scale", SCALES[10])  # 1.0
+    loss, scale = best_scale(average, val_windows, SCALES, last)
     progress["curves"]["val"].append((progress["step"], loss))
     if not progress["best"] or loss < progress["best"]["loss"]:
         best = {"step": progress["step"], "loss": loss, "scale": scale}
@@ -344,7 +355,7 @@ def finished(sizes, best, train_windows, val_windows):
     net.load_state_dict(dict(zip(net.state_dict(), best["state_dict"].values(), strict=True)))
     recompute_statistics(net, train_windows, batches=16)
     scales = [best["scale"] + percent / 100 for percent in range(-5, 6)]
-    _, scale = best_scale(net, val_windows, scales)
+    _, scale = best_scale(net, val_windows, scales, scales[5])
     net[-1].weight.mul_(scale)
     net[-1].bias.mul_(scale)
     return net.eval()
@@ -356,7 +367,7 @@ def final_losses(net, split_windows):
     for part, some in split_windows.items():
         # In a list of distinct names all that validates is unseen.
         again = part == "unseen" and len(some) == len(split_windows["val"])
-        losses[part] = losses["val"] if again else evaluate(net, some)[0]
+        losses[part] = losses["val"] if again else evaluate(net, some[:MEASURED])[0]
     if not all(map(math.isfinite, losses.values())):
         raise FloatingPointError("the losses of the finished network are not finite")
     return losses
@@ -646,7 +657,8 @@ def run(args, state, trained, out, picture, unfinished):
     if parallel() and args.batch_size < distributed.get_world_size():
         raise ValueError(f"--batch-size {args.batch_size} is less than the number of processes")
     digest, rows, vocab, split_windows = read_list(args, state)
-    data = split_windows["train"], split_windows["val"][:VALIDATED]
+    validated = min(VALIDATED, 2**25 // len(vocab))  # fewer where each takes long
+    data = split_windows["train"], split_windows["val"][:validated]
     chosen = recipe(len(data[0])).items()
     chosen = {name: value for name, value in chosen if getattr(args, name) is None}
     vars(args).update(chosen, data=os.path.abspath(args.data))
@@ -698,9 +710,9 @@ def run(args, state, trained, out, picture, unfinished):
         os.remove(unfinished)
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
-    if len(split_windows["val"]) > VALIDATED:
-        what = f"validated on {VALIDATED:,} windows, measured on as many as make the standard error"
-        print(f"{what} less than {ERROR} nats")
+    if len(split_windows["val"]) > validated:
+        what = f"of long splits {validated:,} windows validate, at most {MEASURED:,} are measured"
+        print(f"{what}, fewer for a standard error < {ERROR}")
     what = f"step {best['step']:,}, of least validation loss, logits times {best['scale']:.2f}"
     print(f"kept: the averaged weights of {what}")
     print("\n".join(generate(net, vocab, 10)))

@@ -79,7 +79,7 @@ AT = [
     ("sgd_step", 450),  # the last step
     ("recompute_statistics", 20),
     ("finished", 1),
-    ("evaluate", 42),
+    ("final_losses", 1),
     ("save", 1),
     ("plot", 1),
 ]
@@ -88,7 +88,7 @@ AT = [
 @pytest.mark.parametrize(
     "signum, where, nth",
     [(signum, *at) for at in AT for signum in (signal.SIGTERM, signal.SIGKILL)]
-    + [(signal.SIGINT, "sgd_step", 123), (signal.SIGINT, "evaluate", 42)],
+    + [(signal.SIGINT, "sgd_step", 123), (signal.SIGINT, "final_losses", 1)],
 )
 def test_stopped_at_any_moment_and_resumed_to_the_same_bytes(
     folder, undisturbed, signum, where, nth
