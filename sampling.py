@@ -342,7 +342,9 @@ def flags():
     add("--model", metavar="FILE", default=MODEL, help="the network, as train.py wrote it")
     add("--temperature", type=POSITIVE, metavar="T", default=1.0, help="below 1 more usual names")
     add("--top-k", type=count, metavar="K", help="only from the K likeliest characters")
-    add("--seed", type=SEED, metavar="N", help="the same names at every run; left out: others")
+    add(
+        "--seed", type=SEED, metavar="N", help="the same names for the same flags; left out: others"
+    )
     add("--threads", type=THREADS, metavar="N", default=1, help="processor cores to use")
     add = parser.add_argument_group("instead of drawing").add_argument
     add("--score", metavar="FILE", help="print each name of this file with its loss; -: of stdin")
@@ -358,10 +360,6 @@ def main(argv=None):
 def run(args):
     """Print what was asked for."""
     torch.set_num_threads(args.threads)
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    else:
-        torch.seed()
     start = normalize("NFC", args.start).lstrip()
     if args.data is not None and not args.new:
         raise ValueError("--data is the list for --new: add --new")
@@ -381,6 +379,7 @@ def run(args):
             what = "was not trained on names.txt: give --new its list with --data LIST"
             raise ValueError(f"{args.model} {what}")
     wanted = condition(args.min_length, args.match, known)
+    torch.manual_seed(torch.seed() if args.seed is None else args.seed)
 
     def sample(size):
         names = generate(net, vocab, size, start, args.temperature, args.top_k, args.max_length)
@@ -408,8 +407,8 @@ def lines(path):
     """Yield the lines of a UTF-8 text file, without the blanks around them; no blank ones."""
     try:
         with open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace") as file:
-            while line := file.readline(LARGEST_LINE):
-                if len(line) == LARGEST_LINE:
+            while line := file.readline(LARGEST_LINE + 2):
+                if len(line.rstrip("\n")) > LARGEST_LINE:
                     what = f"holds a line of more than {LARGEST_LINE:,} characters"
                     raise ValueError(f"{path} {what}")
                 if name := canonical(line):

@@ -95,7 +95,7 @@ def minibatches(window, vocab_size, start, args):
         share = min(0.8, max(0.0, 6 * (args.dropout - 0.15))) * (first < args.steps // 2)
         left = torch.randint(2, 9, (chunk, args.batch_size, 1), generator=generator)
         left[torch.rand(left.shape, generator=generator) >= share] = args.block_size  # all of them
-        contexts *= torch.arange(args.block_size, 0, -1) <= own_part(left)  # the others are padding
+        contexts *= torch.arange(args.block_size, 0, -1) <= own_part(left)  # 0 is padding
         trees = distinct_rows(contexts.to(args.device), vocab_size, args.batch_size)
         yield from islice(zip(trees, targets.to(args.device)), max(0, start - first), None)
 
@@ -127,10 +127,7 @@ def cross_entropy(logits, targets, n):
 
 @torch.inference_mode()  # every operation takes less time than under no_grad
 def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=()):
-    """One step of SGD on a minibatch of n windows -> its loss. Only matrices decay.
-
-    They decay to 0, or to what they were in the network that the training began with, `origin`:
-    L2-SP, arXiv:1802.01483.
+    """One step of SGD on a minibatch of n windows -> its loss.
 
     It is this, but each distinct row is computed once, and the gradients are worked out by hand:
 
@@ -138,6 +135,9 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=())
         loss.backward()
         for parameter in parameters:
             parameter -= lr * (parameter.grad + weight_decay * parameter)
+
+    Only matrices decay. With `origin`, the weights of the trained network that this one began as,
+    it is (parameter - origin) that decays: L2-SP, arXiv:1802.01483.
     """
     logits = forward_distinct(net, tree)
     loss, grad = cross_entropy(logits, targets, n)
@@ -153,12 +153,12 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=())
 
 
 @torch.no_grad()
-def predictions(net, window, batch_size=8192):
+def predictions(net, window):
     """Yield logits (B, V) of the network in eval mode and targets (B,), for all windows."""
-    device = net.eval()[0].weight.device
-    for part in window.split(batch_size):
+    vocab_size, device = len(net[0].weight), net.eval()[0].weight.device
+    for part in window.split(min(8192, max(1, 2**25 // vocab_size))):
         contexts, targets = contexts_and_targets(part)
-        (tree,) = distinct_rows(contexts[None].to(device), len(net[0].weight))
+        (tree,) = distinct_rows(contexts[None].to(device), vocab_size)
         yield forward_distinct(net, tree), targets.to(device)
 
 
@@ -273,12 +273,13 @@ def train(
         progress = {key: state[key] for key in progress}
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
-    # Views of what changes from step to step.
+    # These tensors are views: whenever `progress` is saved, they are those of that step.
     progress |= {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
     names = [name for name, _ in net.named_parameters() if progress["origin"]]
     origin = [progress["origin"][name].to(args.device) for name in names]
     start, curves = progress["step"], progress["curves"]
-    validated = curves["val"][-1][0] if curves["val"] else 0
+    # What it begins with may remain the best.
+    validated = curves["val"][-1][0] if curves["val"] else -1 if begun else 0
     for layer in net:
         if isinstance(layer, BatchNorm1d):
             layer.track_running_stats = False  # validate() measures them when they are needed
@@ -505,7 +506,7 @@ def check_state(state, net, steps):
             raise ValueError("its steps or losses are no numbers")
         if not 0 <= step <= state["step"] or not math.isfinite(value):
             raise ValueError("its steps or losses are impossible")
-    if best and not SCALES[0] <= best["scale"] <= SCALES[-1]:
+    if best and best["scale"] not in SCALES:
         raise ValueError("its scale is impossible")
     check(state["state_dict"], net)
     check(state["average"], AveragedModel(net))
@@ -586,7 +587,7 @@ def start(parser, argv, args):
         elif os.path.exists(unfinished) and not args.resume:
             what = "is of an unfinished training: add --resume to go on, or delete it"
             raise ValueError(f"{unfinished} {what}")
-        elif args.init_from is not None:
+        elif args.init_from is not None and not args.resume:
             trained = model.load(args.init_from)
             sizes = {key: trained[0].config[key] for key in ("block_size", "n_embd", "n_hidden")}
             args = settled(parser, argv, sizes, args.init_from)
@@ -628,20 +629,19 @@ def read_list(args, state):
     return digest, rows, vocab, split_windows
 
 
-def new_network(args, vocab, trained):
-    """The network before its first step. Raises ValueError when the memory is too small."""
-    sizes = dict(vocab_size=len(vocab), block_size=args.block_size)
-    sizes |= dict(n_embd=args.n_embd, n_hidden=args.n_hidden)
-    with torch.device("meta"):  # takes no memory
-        parameters = sum(parameter.numel() for parameter in WaveNet(**sizes).parameters())
+def new_network(sketch, args, vocab, trained):
+    """The network before its first step, of the sizes of a sketch without memory.
+
+    Raises ValueError when the memory is too small.
+    """
     # Four bytes for each weight, its gradient, its mean, and two copies when they are saved.
-    needed, memory = 20 * parameters, math.inf
+    needed, memory = 20 * sum(weight.numel() for weight in sketch.parameters()), math.inf
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ValueError(f"it would need {needed / 1e9:,.0f} GB of memory: lower --n-hidden")
     torch.manual_seed(args.seed)
-    net = WaveNet(**sizes, dropout=args.dropout)
+    net = WaveNet(**sketch.config, dropout=args.dropout)
     if trained:
         model.transfer(net, vocab, *trained[:2])
     net.to(args.device)
@@ -662,19 +662,22 @@ def run(args, state, trained, out, picture, unfinished):
     chosen = recipe(len(data[0])).items()
     chosen = {name: value for name, value in chosen if getattr(args, name) is None}
     vars(args).update(chosen, data=os.path.abspath(args.data))
-    net = new_network(args, vocab, trained)
+    with torch.device("meta"):  # takes no memory, whatever the sizes
+        sizes = len(vocab), args.block_size, args.n_embd, args.n_hidden
+        sketch = WaveNet(*sizes, dropout=args.dropout)
+    if state:
+        try:
+            check_state(state, sketch, args.steps)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            what = f"does not fit its flags ({shorten(str(error), 80)}): choose another --out"
+            raise ValueError(f"{unfinished} {what}") from None
+    net = new_network(sketch, args, vocab, trained)
     counts = ", ".join(f"{part} {len(some):,}" for part, some in split_windows.items())
     parameters = sum(parameter.numel() for parameter in net.parameters())
     what = f"{rows:,} rows, {len(vocab) - 1} characters; windows: {counts}"
     remark(f"{what}; {parameters:,} parameters")
     for name, value in chosen.items():
         remark(f"--{name} {value}, which suits {len(data[0]):,} training windows")
-    if state:
-        try:
-            check_state(state, net, args.steps)
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            what = f"does not fit its flags ({shorten(str(error), 80)}): choose another --out"
-            raise ValueError(f"{unfinished} {what}") from None
     of_the_list = {"names": digest, "flags": {name: getattr(args, name) for name in REMEMBERED}}
 
     def keep(state):

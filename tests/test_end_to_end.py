@@ -70,6 +70,10 @@ def test_begun_from_a_network(tiny, tmp_path, refused):
     assert net.config == old.config and made["steps"] == 1
     for name, parameter in list(net.named_parameters())[:-2]:  # the last two are scaled
         torch.testing.assert_close(parameter, old.get_parameter(name), rtol=0, atol=1e-4)
+    # A learning rate that spoils it: what it began as is kept, and nothing is worse than before.
+    process = forked(main, *args, "--out", out, "--steps", 50, "--lr", 100)
+    assert process.returncode == 0, process.stderr
+    assert load(out)[2]["kept"] == 0
     refused(main, [*args, "--out", tmp_path / "other.pth", "--n-hidden", 9], "--n-hidden 9")
     refused(main, ["--init-from", tmp_path / "none.pth", "--out", out], "none.pth cannot be read")
 
