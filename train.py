@@ -89,10 +89,10 @@ def minibatches(window, vocab_size, start, args):
         generator = torch.Generator().manual_seed(seed_of(first, args))
         drawn = own_part(torch.randint(len(window), (chunk, args.batch_size), generator=generator))
         contexts, targets = contexts_and_targets(window[drawn])
-        # Dropout of what is far away: in the first half of the steps, some contexts lose all but
-        # their last 2 to 8 characters. So what often follows a few characters is learnt wherever
-        # they stand, as by counts of n-grams. The second half learns from what there really is.
-        share = min(0.8, max(0.0, 6 * (args.dropout - 0.15))) * (first < args.steps // 2)
+        # Dropout of what is far away: some contexts lose all but their last 2 to 8 characters. So
+        # what often follows a few characters is learnt wherever they stand, as by counts of
+        # n-grams.
+        share = min(0.8, max(0.0, 6 * (args.dropout - 0.15)))
         left = torch.randint(2, 9, (chunk, args.batch_size, 1), generator=generator)
         left[torch.rand(left.shape, generator=generator) >= share] = args.block_size  # all of them
         contexts *= torch.arange(args.block_size, 0, -1) <= own_part(left)  # 0 is padding
