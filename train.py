@@ -236,7 +236,7 @@ def validate(average, train_windows, val_windows, progress):
     recompute_statistics(average, train_windows, batches=1)
     if rank():
         return
-    last = progress["best"].get("scale", SCALES[10])  # 1.0
+    last = progress["best"].get("scale", 1.0)
     loss, scale = best_scale(average, val_windows, SCALES, last)
     progress["curves"]["val"].append((progress["step"], loss))
     if not progress["best"] or loss < progress["best"]["loss"]:
@@ -315,11 +315,10 @@ def train(
                     raise KeyboardInterrupt(*stopped() or [signal.SIGTERM])
                 if step == args.steps:
                     break
-                tree, targets = next(batches)
+                batch = next(batches)
                 torch.manual_seed(~seed_of(step, args))  # of Dropout: not the numbers that drew
                 lr = learning_rate(step, args.steps, args.lr)
-                batch = tree, targets, args.batch_size
-                loss = sgd_step(net, parameters, *batch, lr, weight_decay, origin)
+                loss = sgd_step(net, parameters, *batch, args.batch_size, lr, weight_decay, origin)
             except RuntimeError as error:
                 # Another process has ended: the weights still are those of this step.
                 if parallel() and not rank() and not out_of_memory(error):
@@ -356,7 +355,7 @@ def finished(sizes, best, train_windows, val_windows):
     net.load_state_dict(dict(zip(net.state_dict(), best["state_dict"].values(), strict=True)))
     recompute_statistics(net, train_windows, batches=16)
     scales = [best["scale"] + percent / 100 for percent in range(-5, 6)]
-    _, scale = best_scale(net, val_windows, scales, scales[5])
+    _, scale = best_scale(net, val_windows, scales, best["scale"])
     net[-1].weight.mul_(scale)
     net[-1].bias.mul_(scale)
     return net.eval()
@@ -580,14 +579,15 @@ def start(parser, argv, args):
     out, state, trained = os.path.realpath(args.out), None, None  # a link stays a link
     picture, unfinished, lock = files_of(out, args.data)
     with locked(lock, remove=args.resume) if not rank() else nullcontext():
-        if args.resume and not rank():
-            state, args = resumed(parser, argv, unfinished)
-            files_of(out, args.data)  # the list is another one, perhaps
-            refuse_device(args.device)
-        elif os.path.exists(unfinished) and not args.resume:
+        if args.resume:
+            if not rank():
+                state, args = resumed(parser, argv, unfinished)
+                files_of(out, args.data)  # the list is another one, perhaps
+                refuse_device(args.device)
+        elif os.path.exists(unfinished):
             what = "is of an unfinished training: add --resume to go on, or delete it"
             raise ValueError(f"{unfinished} {what}")
-        elif args.init_from is not None and not args.resume:
+        elif args.init_from is not None:
             trained = model.load(args.init_from)
             sizes = {key: trained[0].config[key] for key in ("block_size", "n_embd", "n_hidden")}
             args = settled(parser, argv, sizes, args.init_from)

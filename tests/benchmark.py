@@ -95,7 +95,7 @@ def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
     window = windows(train.split(names)[0], vocab, block_size)
     torch.manual_seed(1)
     flags = "--batch-size", batch_size, "--dropout", dropout, "--block-size", block_size
-    flags += "--steps", 10**9
+    flags += ("--steps", 10**9)  # minibatches() ends there
     args = train.flags().parse_args(list(map(str, flags)))
     net = WaveNet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
     for layer in net:
