@@ -232,18 +232,24 @@ class Parser(argparse.ArgumentParser):
         remark(f"{self.prog}: error: {message}")
         self.exit(2)
 
-    @contextmanager
-    def one_line_errors(self):
-        """What can go wrong inside ends the program with one line, or quietly: no traceback."""
+    def guard(self, function):
+        """Call function(). What goes wrong there ends the program with one line, or quietly.
+
+        This is no context manager, as a signal may come at any moment: also between the end of a
+        `with` and the `except` that it has inside.
+        """
         # A stream that was closed before the start is one that nobody reads.
         sys.stdout = sys.stdout or nobody()
         sys.stderr = sys.stderr or nobody()
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
         try:
             with on_signals(interrupt):
-                yield
+                function()
                 sys.stdout.flush()
         except KeyboardInterrupt as error:
+            with suppress(OSError):
+                sys.stdout.flush()
+            self.close_stdout()
             sys.exit(128 + (*error.args, signal.SIGINT)[0])
         except BrokenPipeError:  # the reader has enough
             self.close_stdout()
@@ -353,8 +359,7 @@ def flags():
 
 def main(argv=None):
     parser = flags()
-    with parser.one_line_errors():
-        run(parser.parse_args(argv))
+    parser.guard(lambda: run(parser.parse_args(argv)))
 
 
 def run(args):

@@ -567,11 +567,14 @@ def refuse_device(device):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = flags()
-    with parser.one_line_errors():
+
+    def training():
         args = parser.parse_args(argv)
         refuse_device(args.device)
         with process_group(args.device):
             start(parser, argv, args)
+
+    parser.guard(training)
 
 
 def start(parser, argv, args):
