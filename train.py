@@ -72,7 +72,7 @@ def recipe(n):
     """The flags that suit a list of n training windows, as measured in tests/RESULTS.md."""
     return {
         "dropout": round(min(0.3, 3.1 / n**0.25), 3),
-        "steps": min(200_000, 4_000 + n * 11 // 10),
+        "steps": min(200_000, n * 13 // 10),
     }
 
 
