@@ -2,13 +2,10 @@
 
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
-import stat
 import zipfile
-from itertools import count
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 from unicodedata import category, normalize
@@ -25,8 +22,6 @@ END, LINE_END = ".", "\n"
 LARGEST_BLOCK = 1024
 LARGEST_LIST = 2**28  # characters: a pipe might never end
 LARGEST_LINE = 2**15  # characters: Unicode's normal form can take quadratic time
-LARGEST_HEADER = 2**22  # bytes of a checkpoint's description
-LARGEST_PIPE = 2**30  # bytes of a checkpoint that comes through a pipe
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -193,23 +188,14 @@ def write(path, data):
         raise ValueError(f"{path} {what}") from None
 
 
-HEADER = "archive/header.json"
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.int64)}
-
-
 def write_tensors(path, content):
-    """Write a dict of tensors, numbers, strings, lists and dicts to the file at path.
+    """Write what torch.load(path, weights_only=True) reads; read_tensors() also notices damage.
 
-    It is a file of torch.save(), a zip archive, with two additions: a record that says in JSON what
-    read_tensors() needs, and the SHA-256 of all before it as the archive's comment.
+    It is the zip archive of torch.save(), with the SHA-256 of all before it as its comment.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    # torch numbers its records by the order in which it meets the tensors, and JSON meets them in
-    # the same order: so tensor i of the description is record i.
-    header = json.dumps(content, default=lambda t: {"dtype": str(t.dtype), "shape": list(t.shape)})
     with zipfile.ZipFile(buffer, "a") as archive:
-        archive.writestr(zipfile.ZipInfo(HEADER), header)  # without the time of day
         archive.comment = bytes(64)
     data = buffer.getvalue()[:-64]
     write(path, data + hashlib.sha256(data).hexdigest().encode())
@@ -218,52 +204,29 @@ def write_tensors(path, content):
 def read_tensors(path, kinds, advice):
     """What write_tensors() wrote: a dict with values of these kinds, {key: type}. Runs no code.
 
-    It reads each record once, and nothing that torch.save() wrote for torch.load().
     Raises ValueError, which ends with the advice, when the file at path cannot be read, is damaged,
     or holds something else.
     """
-    damaged = ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no file: {advice}")
     try:
         with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
-                raise ValueError(f"{path} is no file: {advice}")
-            stream = file if stat.S_ISREG(mode) else io.BytesIO(file.read(LARGEST_PIPE))
-            try:
-                with zipfile.ZipFile(stream) as archive:
-                    told = sum(record.file_size for record in archive.infolist())
-            except MemoryError:
-                raise
-            except Exception:  # a broken archive raises almost anything
-                raise damaged from None
-            # Records that overlap could grow to anything; and a large file whose records are small
-            # is none of ours, and not worth reading.
-            if not told <= stream.seek(0, os.SEEK_END) <= 2 * told + 2**20:
-                raise damaged
-            stream.seek(0)
-            data = stream.read()
+            with zipfile.ZipFile(file) as archive:
+                told = sum(record.file_size for record in archive.infolist())
+            if told > os.path.getsize(path):
+                raise ValueError("what is packed, or overlaps, could fill the memory")
+            file.seek(0)
+            data = file.read()
+        if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
+            raise ValueError("its sum is another one")
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
-    try:
-        if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
-            raise damaged
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            stored = all(r.compress_type == zipfile.ZIP_STORED for r in archive.infolist())
-            if not stored or archive.getinfo(HEADER).file_size > LARGEST_HEADER:
-                raise damaged
-            numbers = count()
-
-            def tensor(entry):
-                if entry.keys() != {"dtype", "shape"}:
-                    return entry
-                record = bytearray(archive.read(f"archive/data/{next(numbers)}"))
-                return torch.frombuffer(record, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
-
-            content = json.loads(archive.read(HEADER), object_hook=tensor)
-    except Exception as error:
+    except Exception as error:  # a broken archive raises almost anything
         if out_of_memory(error):
             raise
-        raise damaged from None
+        what = f"is damaged, or was not written by train.py: {advice}"
+        raise ValueError(f"{path} {what}") from None
     if type(content) is not dict or any(type(content.get(key)) is not kinds[key] for key in kinds):
         raise ValueError(f"{path} holds something else: {advice}")
     return content
@@ -284,6 +247,8 @@ def check(state_dict, net):
         shape, dtype = expected[name].shape, expected[name].dtype
         if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (shape, dtype):
             raise ValueError(f"{name} is not {dtype} of {tuple(shape)}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} claims more numbers than there are")
         if not tensor.isfinite().all() or (name.endswith("_var") and (tensor < 0).any()):
             raise ValueError(f"{name} holds numbers that are not finite, or negative variances")
 
