@@ -5,6 +5,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported
 
+import copy
 import io
 import math
 import os
@@ -20,7 +21,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import distributed
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import model
@@ -218,12 +218,13 @@ def recompute_statistics(net, window, batches):
 # The whole training
 
 
-def towards(average, weights, n):
-    """Polynomial-decay averaging, arXiv:1212.1824: the nth weights get weight 4 / (n + 4).
+def take_in(average, net, n):
+    """Polynomial-decay averaging, arXiv:1212.1824: the nth weights, from 0, get weight 4 / (n + 4).
 
     Those before count less and less, so that the mean is one of about the last quarter of all.
     """
-    return average.lerp(weights, 4 / (n + 4))
+    for mean, weight in zip(average.parameters(), net.parameters()):
+        mean.lerp_(weight, 4 / (n + 4))
 
 
 def copy_of(net):
@@ -266,8 +267,9 @@ def train(
     smoothed loss)], "val": [(step, loss)]}. Raises FloatingPointError when the loss or a
     weight is not finite any more.
     """
-    parameters, average = list(net.parameters()), AveragedModel(net, avg_fn=towards)
-    progress = {"step": 0, "loss_sum": 0.0, "curves": {"train": [], "val": []}, "best": {}}
+    parameters, average = list(net.parameters()), copy.deepcopy(net)
+    progress = {"step": 0, "averaged": 0, "loss_sum": 0.0, "best": {}}
+    progress["curves"] = {"train": [], "val": []}
     progress["origin"] = copy_of(net) if begun else {}
     if state:
         progress = {key: state[key] for key in progress}
@@ -304,8 +306,8 @@ def train(
         for step in range(start, args.steps + 1):
             try:
                 if step > validated and (step % validate_every == 0 or step == args.steps):
-                    validate(average.module, train_windows, val_windows, progress)
-                    show(bar, progress, sample(average.module))
+                    validate(average, train_windows, val_windows, progress)
+                    show(bar, progress, sample(average))
                 # A signal to one of several processes stops them all.
                 stop = all_reduce(torch.tensor(len(stopped()), device=args.device)).item()
                 due = step > start and (step % args.checkpoint_every == 0 or step == args.steps)
@@ -329,7 +331,9 @@ def train(
             progress["step"] = done = step + 1
             progress["loss_sum"] += loss
             if done % 10 == 0 or done % validate_every == 0 or done == args.steps:
-                average.update_parameters(net)  # not at each step: neighbours are nearly the same
+                # Not at each step: neighbours are nearly the same.
+                take_in(average, net, progress["averaged"])
+                progress["averaged"] += 1
             if done % every == 0:
                 curves["train"].append((done, progress["loss_sum"] / every))
                 progress["loss_sum"] = 0.0
@@ -466,8 +470,8 @@ def flags():
 # since sums are rounded in another way when they are shared out.
 OF_THE_RUN = "steps batch_size block_size n_embd n_hidden lr dropout seed threads device".split()
 REMEMBERED = OF_THE_RUN + ["checkpoint_every", "data"]
-STATE = {"step": int, "loss_sum": float, "curves": dict, "state_dict": dict, "average": dict}
-STATE |= {"best": dict, "origin": dict, "names": str, "flags": dict}
+STATE = {"step": int, "averaged": int, "loss_sum": float, "curves": dict, "best": dict}
+STATE |= {"state_dict": dict, "average": dict, "origin": dict, "names": str, "flags": dict}
 
 
 def settled(parser, argv, given, what):
@@ -494,25 +498,19 @@ def resumed(parser, argv, unfinished):
 
 def check_state(state, net, steps):
     """Raises ValueError unless `state` can be one of train() for this network and these steps."""
-    curves, best = state["curves"], state["best"]
-    kinds = {part: type(curve) for part, curve in curves.items()}
-    if kinds != {"train": list, "val": list} or not 0 <= state["step"] <= steps:
-        raise ValueError("its curves are impossible")
-    points = [*curves["train"], *curves["val"], (state["step"], state["loss_sum"])]
-    points += [(best["step"], best["loss"]), (best["step"], best["scale"])] if best else []
-    for step, value in points:
-        if type(step) is not int or type(value) is not float:
-            raise ValueError("its steps or losses are no numbers")
-        if not 0 <= step <= state["step"] or not math.isfinite(value):
-            raise ValueError("its steps or losses are impossible")
-    if best and best["scale"] not in SCALES:
-        raise ValueError("its scale is impossible")
-    check(state["state_dict"], net)
-    check(state["average"], AveragedModel(net))
-    if best or curves["val"]:
-        check(best["state_dict"], net)
-    if state["origin"]:
-        check(state["origin"], net)
+    best, points = state["best"], [(state["step"], state["loss_sum"])]
+    points += state["curves"]["train"] + state["curves"]["val"]
+    weights = [state["state_dict"], state["average"]] + [state["origin"]] * bool(state["origin"])
+    if best:
+        points += [(best["step"], best["loss"])]
+        weights += [best["state_dict"]]
+    if bool(best) != bool(state["curves"]["val"]) or best and best["scale"] not in SCALES:
+        raise ValueError("its best weights are impossible")
+    last = min(state["step"], steps)
+    if any(not 0 <= step <= last or not math.isfinite(value) for step, value in points):
+        raise ValueError("its steps or losses are impossible")
+    for state_dict in weights:
+        check(state_dict, net)
 
 
 def files_of(out, data):
