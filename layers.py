@@ -137,7 +137,7 @@ class BatchNorm1d(nn.Module):
             raise ValueError(f"expected {expected}, got {tuple(x.shape)}")
         if not self.training:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
-            return (x - self.running_mean) * scale + self.bias
+            return torch.addcmul(self.bias - self.running_mean * scale, x, scale)
         if weights is None:
             n = all_reduce(torch.tensor(len(x), device=x.device)).item()
             weights = x.new_full((len(x),), 1 / n)
