@@ -348,9 +348,7 @@ def flags():
     add("--model", metavar="FILE", default=MODEL, help="the network, as train.py wrote it")
     add("--temperature", type=POSITIVE, metavar="T", default=1.0, help="below 1 more usual names")
     add("--top-k", type=count, metavar="K", help="only from the K likeliest characters")
-    add(
-        "--seed", type=SEED, metavar="N", help="the same names for the same flags; left out: others"
-    )
+    add("--seed", type=SEED, metavar="N", help="for the same names again; left out: others")
     add("--threads", type=THREADS, metavar="N", default=1, help="processor cores to use")
     add = parser.add_argument_group("instead of drawing").add_argument
     add("--score", metavar="FILE", help="print each name of this file with its loss; -: of stdin")

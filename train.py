@@ -458,9 +458,7 @@ def flags():
     add("--threads", type=THREADS, metavar="N", default=1, help="processor cores to use")
     add("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train")
     add = parser.add_argument_group("network").add_argument
-    add(
-        "--block-size", type=block_size, metavar="N", default=16, help="characters seen: 2, 4, 8..."
-    )
+    add("--block-size", type=block_size, metavar="N", default=16, help="characters it sees")
     add("--n-embd", type=size, metavar="N", default=24, help="size of a character's vector")
     add("--n-hidden", type=size, metavar="N", default=280, help="channels of each level")
     return parser
