@@ -136,8 +136,8 @@ class BatchNorm1d(nn.Module):
             expected = f"{self.num_features} channels in (B, C) or (B, T, C)"
             raise ValueError(f"expected {expected}, got {tuple(x.shape)}")
         if not self.training:
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            return torch.addcmul(self.bias - self.running_mean * scale, x, scale)
+            scale, shift = self.scale_and_shift()
+            return torch.addcmul(shift, x, scale)
         if weights is None:
             n = all_reduce(torch.tensor(len(x), device=x.device)).item()
             weights = x.new_full((len(x),), 1 / n)
@@ -159,6 +159,11 @@ class BatchNorm1d(nn.Module):
             # seen.
             self.running_var.lerp_(var.detach() * (n / (n - 1)), momentum)
         return torch.addcmul(self.bias, x_hat, self.weight)
+
+    def scale_and_shift(self):
+        """What it is in eval mode, (C,) and (C,): x * scale + shift."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
 
     def backward(self, g):
         if g.dim() == 3:

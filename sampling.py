@@ -63,9 +63,8 @@ class Prefixes:
             if isinstance(layer, Linear):
                 weight = layer.weight
             elif isinstance(layer, BatchNorm1d):
-                scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
+                scale, bias = layer.scale_and_shift()
                 left, right = (weight * scale.unsqueeze(1)).T.chunk(2)
-                bias = layer.bias - layer.running_mean * scale
                 queue = [(ids, x)] * 2 ** len(self.levels)  # the level's inputs, oldest first
                 self.levels.append((left, right, bias, queue))
                 x = tanh_(x @ (left + right) + bias)
