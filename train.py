@@ -458,7 +458,7 @@ def flags():
     add("--threads", type=THREADS, metavar="N", default=1, help="processor cores to use")
     add("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train")
     add = parser.add_argument_group("network").add_argument
-    add("--block-size", type=block_size, metavar="N", default=16, help="characters it sees")
+    add("--block-size", type=block_size, metavar="N", default=16, help="characters: 2, 4, 8...")
     add("--n-embd", type=size, metavar="N", default=24, help="size of a character's vector")
     add("--n-hidden", type=size, metavar="N", default=280, help="channels of each level")
     return parser
@@ -496,17 +496,26 @@ def resumed(parser, argv, unfinished):
 
 def check_state(state, net, steps):
     """Raises ValueError unless `state` can be one of train() for this network and these steps."""
-    best, points = state["best"], [(state["step"], state["loss_sum"])]
-    points += state["curves"]["train"] + state["curves"]["val"]
-    weights = [state["state_dict"], state["average"]] + [state["origin"]] * bool(state["origin"])
-    if best:
-        points += [(best["step"], best["loss"])]
-        weights += [best["state_dict"]]
-    if bool(best) != bool(state["curves"]["val"]) or best and best["scale"] not in SCALES:
-        raise ValueError("its best weights are impossible")
-    last = min(state["step"], steps)
-    if any(not 0 <= step <= last or not math.isfinite(value) for step, value in points):
-        raise ValueError("its steps or losses are impossible")
+    curves, best = state["curves"], state["best"]
+    kinds = {part: type(curve) for part, curve in curves.items()}
+    if kinds != {"train": list, "val": list}:
+        raise ValueError("its curves are impossible")
+    if not 0 <= state["averaged"] <= state["step"] <= steps:
+        raise ValueError("its steps are impossible")
+    points = [*curves["train"], *curves["val"], (state["step"], state["loss_sum"])]
+    weights = [state["state_dict"], state["average"]]
+    if best or curves["val"]:
+        points.append((best["step"], best["loss"]))
+        weights.append(best["state_dict"])
+        if best["scale"] not in SCALES:
+            raise ValueError("its scale is impossible")
+    if state["origin"]:
+        weights.append(state["origin"])
+    for step, value in points:
+        if type(step) is not int or type(value) is not float:
+            raise ValueError("its steps or losses are no numbers")
+        if not 0 <= step <= state["step"] or not math.isfinite(value):
+            raise ValueError("its steps or losses are impossible")
     for state_dict in weights:
         check(state_dict, net)
 
