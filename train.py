@@ -15,7 +15,6 @@ import sys
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
-from textwrap import shorten
 
 import torch
 from filelock import FileLock, Timeout
@@ -32,7 +31,7 @@ from layers import (
     forward_distinct,
     parallel,
 )
-from model import Vocabulary, WaveNet, check, contexts_and_targets, out_of_memory, windows
+from model import Vocabulary, WaveNet, contexts_and_targets, out_of_memory, windows
 from sampling import (
     MODEL,
     NAMES,
@@ -70,10 +69,7 @@ def split(names):
 
 def recipe(n):
     """The flags that suit a list of n training windows, as measured in tests/RESULTS.md."""
-    return {
-        "dropout": round(min(0.3, 3.1 / n**0.25), 3),
-        "steps": min(200_000, n * 13 // 10),
-    }
+    return {"dropout": round(min(0.3, 3.1 / n**0.25), 3), "steps": min(200_000, n * 13 // 10)}
 
 
 def seed_of(step, args):
@@ -227,11 +223,6 @@ def take_in(average, net, n):
         mean.lerp_(weight, 4 / (n + 4))
 
 
-def copy_of(net):
-    """Its state dict, which later steps do not change."""
-    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-
 def validate(average, train_windows, val_windows, progress):
     """Measure the averaged weights, and copy them to progress["best"] if none were better."""
     recompute_statistics(average, train_windows, batches=1)
@@ -242,7 +233,7 @@ def validate(average, train_windows, val_windows, progress):
     progress["curves"]["val"].append((progress["step"], loss))
     if not progress["best"] or loss < progress["best"]["loss"]:
         best = {"step": progress["step"], "loss": loss, "scale": scale}
-        progress["best"] = best | {"state_dict": copy_of(average)}
+        progress["best"] = best | {"state_dict": copy.deepcopy(average.state_dict())}
 
 
 @torch.no_grad()
@@ -270,15 +261,14 @@ def train(
     parameters, average = list(net.parameters()), copy.deepcopy(net)
     progress = {"step": 0, "averaged": 0, "loss_sum": 0.0, "best": {}}
     progress["curves"] = {"train": [], "val": []}
-    progress["origin"] = copy_of(net) if begun else {}
+    progress["origin"] = [weight.clone() for weight in parameters] if begun else []
     if state:
-        progress = {key: state[key] for key in progress}
+        progress = state
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
     # These tensors are views: whenever `progress` is saved, they are those of that step.
     progress |= {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
-    names = [name for name, _ in net.named_parameters() if progress["origin"]]
-    origin = [progress["origin"][name].to(args.device) for name in names]
+    origin = [weight.to(args.device) for weight in progress["origin"]]
     start, curves = progress["step"], progress["curves"]
     # What it begins with may remain the best.
     validated = curves["val"][-1][0] if curves["val"] else -1 if begun else 0
@@ -295,10 +285,8 @@ def train(
     net.train()
 
     def save():
-        try:
-            check_state(progress, net, args.steps)
-        except ValueError as error:
-            raise FloatingPointError(f"{error} at step {progress['step']}") from None
+        if not all(weight.isfinite().all() for weight in parameters):
+            raise FloatingPointError(f"weights are not finite at step {progress['step']}")
         keep(progress)
 
     with bar:
@@ -442,7 +430,7 @@ def flags():
     """The parser of the command line."""
     parser = Parser(description=__doc__)
     n, size, dropout = number(int, 1, 10**12), number(int, 1, 10**5), number(float, 0, 0.99)
-    block_size, batch_size = number(int, 2, model.LARGEST_BLOCK), number(int, 2, 10**6)
+    block_size, batch_size = number(int, 2, 1024), number(int, 2, 10**6)
     add = parser.add_argument_group("files").add_argument
     add("--data", metavar="LIST", default=NAMES, help="a text file, one name a line")
     add("--out", metavar="FILE", default=MODEL, help="the network; its picture goes beside it")
@@ -468,8 +456,7 @@ def flags():
 # since sums are rounded in another way when they are shared out.
 OF_THE_RUN = "steps batch_size block_size n_embd n_hidden lr dropout seed threads device".split()
 REMEMBERED = OF_THE_RUN + ["checkpoint_every", "data"]
-STATE = {"step": int, "averaged": int, "loss_sum": float, "curves": dict, "best": dict}
-STATE |= {"state_dict": dict, "average": dict, "origin": dict, "names": str, "flags": dict}
+STATE = "step averaged loss_sum curves best origin state_dict average names flags".split()
 
 
 def settled(parser, argv, given, what):
@@ -480,44 +467,6 @@ def settled(parser, argv, given, what):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {new} contradicts {what}, which has {flag} {given[name]}")
     return args
-
-
-def resumed(parser, argv, unfinished):
-    """The state in the file `unfinished`, and its flags with those of argv over them.
-
-    Raises ValueError when there is none, or when a flag in argv would make it another training.
-    """
-    state = model.read_tensors(unfinished, STATE, "there is nothing to resume")
-    saved = [f"--{name.replace('_', '-')}={state['flags'].get(name)}" for name in REMEMBERED]
-    flags = vars(parser.parse_args(saved))
-    given = {name: flags[name] for name in REMEMBERED}
-    return state, settled(parser, argv, given, "the unfinished training")
-
-
-def check_state(state, net, steps):
-    """Raises ValueError unless `state` can be one of train() for this network and these steps."""
-    curves, best = state["curves"], state["best"]
-    kinds = {part: type(curve) for part, curve in curves.items()}
-    if kinds != {"train": list, "val": list}:
-        raise ValueError("its curves are impossible")
-    if not 0 <= state["averaged"] <= state["step"] <= steps:
-        raise ValueError("its steps are impossible")
-    points = [*curves["train"], *curves["val"], (state["step"], state["loss_sum"])]
-    weights = [state["state_dict"], state["average"]]
-    if best or curves["val"]:
-        points.append((best["step"], best["loss"]))
-        weights.append(best["state_dict"])
-        if best["scale"] not in SCALES:
-            raise ValueError("its scale is impossible")
-    if state["origin"]:
-        weights.append(state["origin"])
-    for step, value in points:
-        if type(step) is not int or type(value) is not float:
-            raise ValueError("its steps or losses are no numbers")
-        if not 0 <= step <= state["step"] or not math.isfinite(value):
-            raise ValueError("its steps or losses are impossible")
-    for state_dict in weights:
-        check(state_dict, net)
 
 
 def files_of(out, data):
@@ -542,24 +491,21 @@ def files_of(out, data):
 
 
 @contextmanager
-def locked(path, remove):
-    """Nobody else is inside for the same path. The file goes at the end, if this run made it."""
-    remove = remove or not os.path.exists(path)
+def locked(path):
+    """Nobody else is inside for the same path."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another training holds {path}: choose another --out") from None
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written ({error.strerror or error}): choose another --out"
-        ) from None
+        what = f"cannot be written ({error.strerror or error}): choose another --out"
+        raise ValueError(f"{path} {what}") from None
     try:
         yield
     finally:
-        if remove:
-            with suppress(OSError):
-                os.remove(path)
+        with suppress(OSError):
+            os.remove(path)
         lock.release()
 
 
@@ -586,10 +532,11 @@ def start(parser, argv, args):
     """Begin or go on with the training of these flags, the only one that writes to its files."""
     out, state, trained = os.path.realpath(args.out), None, None  # a link stays a link
     picture, unfinished, lock = files_of(out, args.data)
-    with locked(lock, remove=args.resume) if not rank() else nullcontext():
+    with locked(lock) if not rank() else nullcontext():
         if args.resume:
             if not rank():
-                state, args = resumed(parser, argv, unfinished)
+                state = model.read_tensors(unfinished, STATE, "there is nothing to resume")
+                args = settled(parser, argv, state["flags"], "the unfinished training")
                 files_of(out, args.data)  # the list is another one, perhaps
                 refuse_device(args.device)
         elif os.path.exists(unfinished):
@@ -673,12 +620,6 @@ def run(args, state, trained, out, picture, unfinished):
     with torch.device("meta"):  # takes no memory, whatever the sizes
         sizes = len(vocab), args.block_size, args.n_embd, args.n_hidden
         sketch = WaveNet(*sizes, dropout=args.dropout)
-    if state:
-        try:
-            check_state(state, sketch, args.steps)
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            what = f"does not fit its flags ({shorten(str(error), 80)}): choose another --out"
-            raise ValueError(f"{unfinished} {what}") from None
     net = new_network(sketch, args, vocab, trained)
     counts = ", ".join(f"{part} {len(some):,}" for part, some in split_windows.items())
     parameters = sum(parameter.numel() for parameter in net.parameters())

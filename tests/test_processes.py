@@ -14,7 +14,7 @@ from conftest import ROOT, forked
 
 import model
 import train
-from model import load, read_names, read_tensors
+from model import load, read_names
 
 SIZES = "--batch-size 24 --block-size 8 --n-embd 6 --n-hidden 20 --dropout 0.2".split()
 SMALL = [*SIZES, "--steps", "200"]
@@ -144,7 +144,7 @@ def test_a_state_goes_on_with_another_number_of_processes(folder, short, before,
     out = folder / f"from{before}to{after}.pth"
     first, *_ = start(before, "--data", folder / "names.txt", "--out", out, *SHORT, before=stop)
     assert first.returncode == 128 + signal.SIGTERM and "--resume" in first.stderr
-    assert read_tensors(f"{out}.unfinished", {}, "")["step"] == 30
+    assert torch.load(f"{out}.unfinished", weights_only=True)["step"] == 30
     first, *_ = start(after, "--out", out, "--resume")
     assert first.returncode == 0, first.stderr
     close(load(out)[0], short)
@@ -181,7 +181,7 @@ def test_when_one_is_killed_the_others_say_so_and_can_go_on(
             and "another process of this training has ended" in process.stderr
         ), process.stderr
         assert "Traceback" not in process.stderr
-    assert read_tensors(f"{out}.unfinished", {}, "")["step"] == step
+    assert torch.load(f"{out}.unfinished", weights_only=True)["step"] == step
     assert forked(train.main, "--out", out, "--resume").returncode == 0
     close(load(out)[0], short)
 

@@ -2,14 +2,12 @@
 
 import hashlib
 import io
-import math
 import os
 import pickle
 import random
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import zipfile
@@ -26,7 +24,7 @@ from hypothesis import strategies as st
 import model
 import sampling
 import train
-from model import WaveNet, load, read_names, read_tensors, save, write, write_tensors
+from model import load, read_names, read_tensors, write, write_tensors
 
 SIZES = "--batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
 SMALL = [*SIZES, *"--steps 450 --checkpoint-every 70".split()]
@@ -172,7 +170,7 @@ def test_divergence_keeps_the_last_good_state(folder, refused, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         train.main(command(folder))
     assert exit.value.code == 2
-    state = read_tensors(folder / "own.pth.unfinished", {}, "")
+    state = torch.load(folder / "own.pth.unfinished", weights_only=True)
     assert state["step"] == 140
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
     assert (folder / "own.pth").read_bytes() == b"an older network"
@@ -187,29 +185,6 @@ def test_a_learning_rate_that_overflows_replaces_nothing(folder):
         and "Traceback" not in process.stderr
     )
     assert (folder / "own.pth").read_bytes() == b"an older network"
-
-
-def test_a_network_that_is_not_finite_is_refused(tmp_path):
-    vocab = model.Vocabulary(["ab"])
-    for name, value in (
-        ("0.weight", math.nan),
-        ("2.weight", math.inf),
-        ("3.running_mean", math.nan),
-        ("3.running_var", -1e-3),
-    ):
-        net = model.WaveNet(3, 4, 2, 5)
-        net.state_dict()[name].view(-1)[1] = value
-        with pytest.raises(ValueError, match=name):
-            save(tmp_path / "own.pth", net, vocab, {})
-        assert os.listdir(tmp_path) == []
-        state = {name: tensor for name, tensor in net.state_dict().items()}
-        write_tensors(
-            tmp_path / "bad.pth",
-            {"config": net.config, "vocab": vocab.chars, "made": {}, "state_dict": state},
-        )
-        with pytest.raises(ValueError, match=name):
-            load(tmp_path / "bad.pth")
-        os.remove(tmp_path / "bad.pth")
 
 
 def test_out_is_no_other_file_of_the_run_and_no_device(folder, refused):
@@ -334,7 +309,7 @@ def test_too_little_memory_says_so(interrupted, refused, monkeypatch):
     def fail_in_python(*args, **kwargs):
         raise MemoryError
 
-    for name in "check_state", "sgd_step", "evaluate":
+    for name in "new_network", "sgd_step", "evaluate":
         with monkeypatch.context() as patched:
             patched.setattr(train, name, fail)
             process = forked(train.main, "--out", interrupted / "own.pth", "--resume")
@@ -491,7 +466,7 @@ def test_every_flipped_bit_is_noticed(tiny, interrupted):
             broken.write_bytes(good)
             good[place] ^= flip
             with pytest.raises(ValueError, match="broken is damaged"):
-                read_tensors(broken, {}, "")
+                read_tensors(broken, (), "")
 
 
 @given(st.binary(max_size=400))
@@ -505,168 +480,22 @@ def test_any_bytes_are_no_checkpoint(data):
         path.unlink()
 
 
-def test_a_broken_state_is_refused(interrupted, refused, capsys):
+def test_a_broken_state_is_refused(interrupted, refused, tiny):
     path = interrupted / "own.pth.unfinished"
     good = path.read_bytes()
     again = "--out", interrupted / "own.pth", "--resume"
-    for data in b"", good[: len(good) // 2], good[:-1], b"names\n":
+    for data in b"", good[: len(good) // 2], good[:-1], b"names\n", good[:-64] + bytes(64):
         path.write_bytes(data)
-        refused(train.main, again, "own.pth.unfinished")
-    state = torch.load(io.BytesIO(good), weights_only=True)
-    for flags in (
-        state["flags"] | {"steps": "x"},
-        state["flags"] | {"steps": -1},
-        {"help": 1},
-        torch.zeros(3),
-        None,
-    ):
-        write_tensors(path, state | {"flags": flags})
-        with pytest.raises(SystemExit) as exit:
-            train.main([str(arg) for arg in again])
-        assert exit.value.code == 2
-    nan = {name: tensor * math.nan for name, tensor in state["state_dict"].items()}
-    changes = [{"step": step} for step in ("x", math.inf, -1, 451, torch.tensor(3), True)] + [
-        {"average": []},
-        {"state_dict": {}},
-        {"state_dict": nan},
-        {"loss_sum": "x"},
-        {"curves": 3},
-        {"curves": torch.zeros(2)},
-        {"curves": {"train": [(1, "x")], "val": []}},
-        {"curves": {"train": [], "val": [(1, math.nan)]}},
-        {"best": {"step": 3, "loss": 1.0, "scale": 1.0, "state_dict": {}}},
-        {"best": state["best"] | {"scale": math.nan}},
-        {"best": state["best"] | {"scale": -3.0}},
-        {"best": state["best"] | {"loss": 10**400}},
-        {"curves": {"train": [(1, 10**400)], "val": []}},
-        {"curves": {"train": [(1, torch.zeros(1))], "val": []}},
-        {"curves": {"train": {}, "val": []}, "best": {}},
-        {"curves": {"train": "", "val": ""}, "best": {}},
-        {"curves": {"train": [], "val": [(450, 1.0)]}},
-        {"best": {}},
-        {"origin": {"0.weight": torch.zeros(1)}},
-        {"origin": []},
-        {"averaged": -4},
-        {"averaged": 10**6},
-        {"curves": state["curves"] | {"x": [5]}},
-        {"step": 450, "best": {}},
-        {"flags": state["flags"] | {"data": "/dev/zero"}},
-    ]
-    for change in changes:
-        write_tensors(path, state | change)
-        written = path.read_bytes()
-        with pytest.raises(SystemExit) as exit:
-            train.main([str(arg) for arg in again])
-        out, err = capsys.readouterr()
-        assert exit.value.code == 2 and "delete" not in err and "Traceback" not in err
-        assert path.read_bytes() == written
-
-
-HUGE = [
-    {"n_hidden": 10**6},
-    {"n_hidden": 10**30},
-    {"block_size": 2**60},
-    {"n_embd": 10**12},
-    {"n_hidden": 0},
-    {"n_embd": -1},
-]
-HUGE += [{key: torch.tensor(2**62)} for key in ("n_hidden", "block_size", "vocab_size")] + [
-    {"n_hidden": 8.0},
-    {"more": 1},
-]
-
-
-@pytest.mark.parametrize("sizes", HUGE)
-def test_sizes_that_are_not_those_of_the_weights_are_refused(tmp_path, tiny, sizes):
-    checkpoint = torch.load(tiny / "model.pth", weights_only=True)
-    checkpoint["config"] |= sizes
-    write_tensors(tmp_path / "huge.pth", checkpoint)
-    with pytest.raises(ValueError, match="huge.pth"):
-        load(tmp_path / "huge.pth")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"config": torch.zeros(4)}, {"made": torch.zeros(4)}, {"vocab": ".ab\x1b"}, {"vocab": 3}],
-)
-def test_contents_of_other_kinds_are_refused(tmp_path, tiny, change):
-    checkpoint = torch.load(tiny / "model.pth", weights_only=True)
-    for content in checkpoint | change, torch.zeros(3), [checkpoint]:
-        write_tensors(tmp_path / "strange.pth", content)
-        with pytest.raises(ValueError, match="strange.pth"):
-            load(tmp_path / "strange.pth")
-
-
-def archive(pickled, records=(), compression=zipfile.ZIP_STORED):
-    """An archive like one of torch.save(), with this pickle in it."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as file:
-        for name, data in [("archive/data.pkl", pickled), ("archive/version", b"3"), *records]:
-            file.writestr(name, data)
-    return buffer.getvalue()
-
-
-def with_sum(data):
-    data = data[:-2] + bytes((64, 0))
-    return data + hashlib.sha256(data).hexdigest().encode()
-
-
-def saved(content):
-    """What torch.save() writes."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-with torch.device("meta"):
-    LARGE = WaveNet(27, 2, 24, 10**7)
-BOMBS = {
-    "packed": archive(bytes(10**8), compression=zipfile.ZIP_DEFLATED),
-    "lists in lists": archive(b"\x80\x02" + b"]" * 10**6 + b"."),
-    "one number for whole matrices": saved(
-        {
-            "config": LARGE.config,
-            "vocab": "." + "".join(map(chr, range(97, 123))),
-            "made": {},
-            "state_dict": {
-                name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                for name, tensor in LARGE.state_dict().items()
-            },
-        }
-    ),
-    "a zip on several disks": bytes(200)
-    + struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2)
-    + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0),
-    "a record for many records": archive(
-        b"\x80\x02N.", [(f"archive/data/{i}", b"") for i in range(3)]
-    ).replace(b"\0\0\0\0\0\0\0\0\x0e\0", b"\0\0\0\x7f\0\0\0\x7f\x0e\0"),
-}
-
-
-@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
-def test_files_that_would_fill_the_memory_are_refused(tmp_path, data):
-    """With a right sum, in a fork that may take 400 MB."""
-    path = tmp_path / "bomb.pth"
-    path.write_bytes(with_sum(data))
-    assert path.stat().st_size < 5 * 10**6
-
-    def load_it(_):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with pytest.raises(ValueError, match="bomb.pth"):
-            load(path)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
-
-    process = forked(load_it)
-    assert process.returncode == 0, process.stderr
-
-
-class Code:
-    def __reduce__(self):
-        return open, ("ran", "w")
+        refused(train.main, again, "own.pth.unfinished is damaged")
+    shutil.copy(tiny / "model.pth", path)
+    refused(train.main, again, "own.pth.unfinished holds something else")
 
 
 def test_no_code_is_run(tmp_path, tiny, monkeypatch):
-    """A pickle that would run code, and a stream of torch's older format in front of all."""
+    """A pickle that would run code, and a stream of torch's older format in front of all.
+
+    Both are refused for their sum; and where somebody has made that right, by torch.
+    """
     monkeypatch.chdir(tmp_path)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as new, zipfile.ZipFile(tiny / "model.pth") as good:
@@ -676,10 +505,19 @@ def test_no_code_is_run(tmp_path, tiny, monkeypatch):
     stream = io.BytesIO()
     torch.save(Code(), stream, _use_new_zipfile_serialization=False)
     for data in buffer.getvalue(), stream.getvalue() + (tiny / "model.pth").read_bytes()[:-64]:
-        (tmp_path / "code.pth").write_bytes(with_sum(data))
+        (tmp_path / "code.pth").write_bytes(data)
         with pytest.raises(ValueError, match="code.pth is damaged"):
             load(tmp_path / "code.pth")
+        data = data[:-2] + bytes((64, 0))
+        (tmp_path / "code.pth").write_bytes(data + hashlib.sha256(data).hexdigest().encode())
+        with pytest.raises(pickle.UnpicklingError):
+            load(tmp_path / "code.pth")
         assert os.listdir(tmp_path) == ["code.pth"]
+
+
+class Code:
+    def __reduce__(self):
+        return open, ("ran", "w")
 
 
 def test_what_is_no_file_is_refused(tmp_path, tiny, refused, monkeypatch):
