@@ -25,12 +25,11 @@ def parallel():
     return distributed.is_available() and distributed.is_initialized()
 
 
-def all_reduce(*tensors):
-    """Sum each tensor over the processes that train together, in place -> the first of them."""
+def all_reduce(tensor):
+    """Sum a tensor over the processes that train together, in place."""
     if parallel():
-        for work in [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
-    return tensors[0]
+        distributed.all_reduce(tensor)
+    return tensor
 
 
 class Embedding(nn.Module):
@@ -172,8 +171,8 @@ class BatchNorm1d(nn.Module):
         # in both, dL/dx[r] = weight * rstd * (g[r] - w[r] * (sum g + x_hat[r] * sum(g * x_hat))).
         # Where no row stands for others, w[r] is 1/n, and this is the formula of the paper.
         x_hat, rstd, weights = self.saved
-        self.bias.grad, self.weight.grad = g.sum(0), (g * x_hat).sum(0)
-        sum_g, sum_gx = all_reduce(torch.stack((self.bias.grad, self.weight.grad)))
+        sum_g, sum_gx = all_reduce(torch.stack((g.sum(0), (g * x_hat).sum(0))))
+        self.bias.grad, self.weight.grad = sum_g, sum_gx
         through_all = torch.addcmul(sum_g, x_hat, sum_gx)
         direct = torch.addcmul(g, through_all, weights.unsqueeze(1), value=-1)
         return direct * (self.weight * rstd)
@@ -291,10 +290,15 @@ def backward_distinct(net, tree, g):
     embedding, *layers = net
     sizes = [len(embedding.weight)] + [len(level.weights) for level in levels]
     g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, ids, g)
-    coming = reversed(levels)
+    coming, sums = reversed(levels), []
     for layer in reversed(layers):
         g = layer.backward(g)
+        if isinstance(layer, Linear) and parallel():  # summed while the layers below go on
+            grads = [parameter.grad for parameter in layer.parameters()]
+            sums += [distributed.all_reduce(grad, async_op=True) for grad in grads]
         if isinstance(layer, FlattenConsecutive):
             g = g.flatten(0, 1)
             g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, next(coming).children, g)
-    embedding.weight.grad = g
+    embedding.weight.grad = all_reduce(g)
+    for work in sums:
+        work.wait()

@@ -138,7 +138,7 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=())
     logits = forward_distinct(net, tree)
     loss, grad = cross_entropy(logits, targets, n)
     backward_distinct(net, tree, grad)
-    all_reduce(loss, *(parameter.grad for parameter in parameters))
+    all_reduce(loss)
     for i, parameter in enumerate(parameters):
         if weight_decay and parameter.dim() == 2:
             parameter.mul_(1 - lr * weight_decay)
