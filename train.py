@@ -584,11 +584,11 @@ def read_list(args, state):
     return digest, rows, vocab, split_windows
 
 
-def new_network(sketch, args, vocab, trained):
-    """The network before its first step, of the sizes of a sketch without memory.
-
-    Raises ValueError when the memory is too small.
-    """
+def new_network(args, vocab, trained):
+    """The network before its first step. Raises ValueError when the memory is too small."""
+    sizes = len(vocab), args.block_size, args.n_embd, args.n_hidden
+    with torch.device("meta"):  # takes no memory
+        sketch = WaveNet(*sizes)
     # Four bytes for each weight, its gradient, its mean, and two copies when they are saved.
     needed, memory = 20 * sum(weight.numel() for weight in sketch.parameters()), math.inf
     if hasattr(os, "sysconf"):
@@ -596,7 +596,7 @@ def new_network(sketch, args, vocab, trained):
     if needed > memory:
         raise ValueError(f"it would need {needed / 1e9:,.0f} GB of memory: lower --n-hidden")
     torch.manual_seed(args.seed)
-    net = WaveNet(**sketch.config, dropout=args.dropout)
+    net = WaveNet(*sizes, dropout=args.dropout)
     if trained:
         model.transfer(net, vocab, *trained[:2])
     net.to(args.device)
@@ -617,10 +617,7 @@ def run(args, state, trained, out, picture, unfinished):
     chosen = recipe(len(data[0])).items()
     chosen = {name: value for name, value in chosen if getattr(args, name) is None}
     vars(args).update(chosen, data=os.path.abspath(args.data))
-    with torch.device("meta"):  # takes no memory, whatever the sizes
-        sizes = len(vocab), args.block_size, args.n_embd, args.n_hidden
-        sketch = WaveNet(*sizes, dropout=args.dropout)
-    net = new_network(sketch, args, vocab, trained)
+    net = new_network(args, vocab, trained)
     counts = ", ".join(f"{part} {len(some):,}" for part, some in split_windows.items())
     parameters = sum(parameter.numel() for parameter in net.parameters())
     what = f"{rows:,} rows, {len(vocab) - 1} characters; windows: {counts}"
