@@ -69,7 +69,7 @@ def split(names):
 
 def recipe(n):
     """The flags that suit a list of n training windows, as measured in tests/RESULTS.md."""
-    return {"dropout": round(min(0.3, 3.1 / n**0.25), 3), "steps": min(200_000, n * 13 // 10)}
+    return {"dropout": round(min(0.25, 5.7 / n**0.3), 3), "steps": min(200_000, n * 13 // 10)}
 
 
 def seed_of(step, args):
@@ -88,7 +88,7 @@ def minibatches(window, vocab_size, start, args):
         # Dropout of what is far away: some contexts lose all but their last 2 to 8 characters. So
         # what often follows a few characters is learnt wherever they stand, as by counts of
         # n-grams.
-        share = min(0.8, max(0.0, 6 * (args.dropout - 0.15)))
+        share = min(0.8, max(0.0, 8 * (args.dropout - 0.15)))
         left = torch.randint(2, 9, (chunk, args.batch_size, 1), generator=generator)
         left[torch.rand(left.shape, generator=generator) >= share] = args.block_size  # all of them
         contexts *= torch.arange(args.block_size, 0, -1) <= own_part(left)  # 0 is padding

@@ -137,12 +137,12 @@ def test_dropout_cuts_contexts_short():
     assert {len([code for code in context if code]) for context in cut} == {2, 3}
     # Of 11 windows the 7 that show more than 3 characters lose some for 2 of the 7 numbers of
     # characters left, and the one that shows 3 does for 1 of them.
-    share = 0.3 * (7 * 2 / 7 + 1 / 7) / 11
+    share = 0.4 * (7 * 2 / 7 + 1 / 7) / 11
     assert sum(cut.values()) / drawn.total() == pytest.approx(share, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    "n, dropout, steps", [(183_802, 0.15, 200_000), (10**8, 0.031, 200_000), (2_544, 0.3, 3_307)]
+    "n, dropout, steps", [(183_802, 0.15, 200_000), (10**8, 0.023, 200_000), (2_544, 0.25, 3_307)]
 )
 def test_recipe(n, dropout, steps):
     assert train.recipe(n) == {"dropout": dropout, "steps": steps}
