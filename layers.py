@@ -3,9 +3,9 @@
 Names, arguments, parameter shapes and results of the layers are those of torch.nn, except that
 Dropout leaves out whole channels. forward() is plain tensor arithmetic, so autograd can
 differentiate it. backward(g) is the same gradient worked out by hand, which takes less time than
-autograd's walk through every operation: from g = dL/dy of the last forward() it sets .grad of the
-layer's own parameters and returns dL/dx. Where several processes train together, sums over the
-minibatch are sums over all of them.
+autograd's walk through every operation: from g = dL/dy of the last forward(), in training mode and
+without autograd, it sets .grad of the layer's own parameters and returns dL/dx. Where several
+processes train together, sums over the minibatch are sums over all of them.
 """
 
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from torch import distributed, nn
 
 def save_for_backward(layer, *tensors):
     """Keep in `layer` what its backward() needs: nothing under autograd, or in eval mode."""
-    if layer.training and not torch.is_grad_enabled():
-        layer.__dict__["saved"] = tensors  # nn.Module's own way to set an attribute takes longer
+    needed = layer.training and not torch.is_grad_enabled()
+    layer.__dict__["saved"] = tensors if needed else None  # setattr() takes longer in nn.Module
 
 
 def parallel():
@@ -44,7 +44,14 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_embeddings, embedding_dim))
 
     def forward(self, index):
+        save_for_backward(self, index)
         return self.weight.index_select(0, index.reshape(-1)).view(*index.shape, -1)
+
+    def backward(self, g):
+        # A vector that was taken several times gathers the gradients of all its uses.
+        (index,) = self.saved
+        g_rows = g.reshape(-1, g.shape[-1])
+        self.weight.grad = torch.zeros_like(self.weight).index_add_(0, index.reshape(-1), g_rows)
 
     def extra_repr(self):
         return "{}, {}".format(*self.weight.shape)
@@ -129,7 +136,7 @@ class BatchNorm1d(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x, weights=None, n=None):
-        if x.dim() == 3:
+        if x.dim() == 3 and weights is None:
             return self.forward(x.flatten(0, 1)).view(x.shape)
         if x.dim() != 2 or x.shape[1] != self.num_features:
             expected = f"{self.num_features} channels in (B, C) or (B, T, C)"
@@ -195,7 +202,7 @@ class Tanh(nn.Module):
 
 
 class Dropout(nn.Module):
-    """In training, each channel of (..., C) is 0 with probability p and else divided by 1 - p.
+    """In training, each channel of (..., C) is 0 with probability p < 1, else divided by 1 - p.
 
     One draw of channels serves the whole batch: a thinned network for each step, arXiv:1207.0580.
     It regularises as well here as a draw for each value, and C random numbers cost next to nothing.

@@ -114,9 +114,9 @@ def windows(names, vocab, block_size, progress=lambda text: None):
     return codes.unfold(0, block_size + 1, 1)
 
 
-def contexts_and_targets(window):
+def contexts_and_targets(codes):
     """(..., T + 1) codes -> contexts (..., T) and targets (...), int64."""
-    contexts, targets = window[..., :-1].long(), window[..., -1].long()
+    contexts, targets = codes[..., :-1].long(), codes[..., -1].long()
     # What stands before the last end token is another name and becomes padding: "nn.em" is "...em".
     return contexts * (contexts != 0).flip(-1).cumprod(-1).flip(-1), targets
 

@@ -206,10 +206,10 @@ def score(net, vocab, names):
     prefixes = Prefixes(net, len(known))
     sums, position = torch.zeros(len(known), dtype=torch.float64), 0
     while len(prefixes.alive):
-        drawn = codes[starts[prefixes.alive] + position]
+        given = codes[starts[prefixes.alive] + position]
         log_probs = prefixes.logits.double().log_softmax(1)
-        sums[prefixes.alive] -= log_probs[prefixes.ids, drawn]
-        prefixes.extend(drawn)
+        sums[prefixes.alive] -= log_probs[prefixes.ids, given]
+        prefixes.extend(given)
         position += 1
     if sums.isnan().any():
         raise ValueError(NOT_FINITE)
@@ -385,7 +385,7 @@ def run(args):
 
     def sample(size):
         names = generate(net, vocab, size, start, args.temperature, args.top_k, args.max_length)
-        if not names and args.max_length == LONGEST:
+        if not names and size == batch and args.max_length == LONGEST:
             what = f"none of {size:,} names ended within {LONGEST:,} characters"
             raise ValueError(f"{args.model}: {what}")
         return names

@@ -15,6 +15,7 @@ import sys
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
+from textwrap import shorten
 
 import torch
 from filelock import FileLock, Timeout
@@ -48,8 +49,8 @@ from sampling import (
 )
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
-MEASURED = 430_000  # windows, at most, of a split at the end
-ERROR = 0.002  # nats: fewer are enough where the standard error of the loss is less than that
+MEASURED = 430_000  # windows, at most, of a split at the end; more than VALIDATED are only measured
+ERROR = 0.002  # until the standard error of the loss, in nats, is less than this
 SCALES = [0.5 + 0.05 * i for i in range(17)]  # of the logits, from 0.5 to 1.3
 
 
@@ -77,14 +78,14 @@ def seed_of(step, args):
     return args.seed * 10**9 + step
 
 
-def minibatches(window, vocab_size, start, args):
+def minibatches(codes, vocab_size, start, args):
     """Yield the minibatches of the steps from `start` on, drawn at random: (tree, targets (B,))."""
-    # A hundred small ones are drawn at once, which takes as long as to draw one.
+    # A hundred small ones are drawn at once: the calls take about as long as those for one.
     chunk = max(1, min(100, 2**22 // (args.batch_size * args.block_size)))
     for first in range(start - start % chunk, args.steps, chunk):
         generator = torch.Generator().manual_seed(seed_of(first, args))
-        drawn = own_part(torch.randint(len(window), (chunk, args.batch_size), generator=generator))
-        contexts, targets = contexts_and_targets(window[drawn])
+        drawn = own_part(torch.randint(len(codes), (chunk, args.batch_size), generator=generator))
+        contexts, targets = contexts_and_targets(codes[drawn])
         # Dropout of what is far away: some contexts lose all but their last 2 to 8 characters. So
         # what often follows a few characters is learnt wherever they stand, as by counts of
         # n-grams.
@@ -149,22 +150,22 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=())
 
 
 @torch.no_grad()
-def predictions(net, window):
+def predictions(net, codes):
     """Yield logits (B, V) of the network in eval mode and targets (B,), for all windows."""
     vocab_size, device = len(net[0].weight), net.eval()[0].weight.device
-    for part in window.split(min(8192, max(1, 2**25 // vocab_size))):
+    for part in codes.split(min(8192, max(1, 2**25 // vocab_size))):
         contexts, targets = contexts_and_targets(part)
         (tree,) = distinct_rows(contexts[None].to(device), vocab_size)
         yield forward_distinct(net, tree), targets.to(device)
 
 
-def evaluate(net, window, scales=(1.0,)):
+def evaluate(net, codes, scales=(1.0,)):
     """Mean loss, nats a character, in eval mode, for each scale of the logits.
 
     It is that of all windows, or of the first ones, when their mean has a standard error < ERROR.
     """
     total, squares, n = 0.0, 0.0, 0
-    for logits, targets in predictions(net, window):
+    for logits, targets in predictions(net, codes):
         losses = [F.cross_entropy(scale * logits, targets, reduction="none") for scale in scales]
         losses = torch.stack(losses).cpu().double()
         total, squares = total + losses.sum(1), squares + losses.square().sum(1)
@@ -174,7 +175,7 @@ def evaluate(net, window, scales=(1.0,)):
     return (total / n).tolist()
 
 
-def best_scale(net, window, scales, scale):
+def best_scale(net, codes, scales, scale):
     """(loss, scale) of the scale of the logits with the least loss: arXiv:1706.04599.
 
     What it has learnt by heart makes a network too sure of what it has not seen. The loss is a
@@ -184,7 +185,7 @@ def best_scale(net, window, scales, scale):
     while True:
         i = scales.index(scale)
         if near := [other for other in scales[max(0, i - 1) : i + 2] if other not in losses]:
-            losses |= zip(near, evaluate(net, window, near))
+            losses |= zip(near, evaluate(net, codes, near))
         best = min(losses, key=losses.get)
         if best == scale:
             return losses[scale], scale
@@ -192,7 +193,7 @@ def best_scale(net, window, scales, scale):
 
 
 @torch.no_grad()
-def recompute_statistics(net, window, batches):
+def recompute_statistics(net, codes, batches):
     """BatchNorm1d's running statistics over windows drawn at random, always the same ones.
 
     Those kept in training would be of the weights before they were averaged: arXiv:1803.05407.
@@ -202,10 +203,10 @@ def recompute_statistics(net, window, batches):
         if isinstance(layer, BatchNorm1d):
             layer.train().num_batches_tracked.zero_()
             layer.momentum = None  # the mean of all batches
-    batch_size = min(8192, max(2048, len(window) // 4))
+    batch_size = min(8192, max(2048, len(codes) // 4))
     for _ in range(batches):
-        drawn = torch.randint(len(window), (1, batch_size), generator=generator)
-        contexts = own_part(contexts_and_targets(window[drawn])[0]).to(net[0].weight.device)
+        drawn = torch.randint(len(codes), (1, batch_size), generator=generator)
+        contexts = own_part(contexts_and_targets(codes[drawn])[0]).to(net[0].weight.device)
         (tree,) = distinct_rows(contexts, len(net[0].weight), batch_size)
         forward_distinct(net[:-1], tree)
     net.eval()
@@ -245,12 +246,12 @@ def train(
     begun=False,
     state=None,
     keep=lambda state: None,
-    stopped=list,
+    stopped=(),
     sample=lambda net: "",
 ):
     """Plain SGD -> (best, curves): the averaged weights of least validation loss, and all losses.
 
-    Every args.checkpoint_every steps, after the last, and when stopped() holds a signal,
+    Every args.checkpoint_every steps, after the last, and when `stopped` holds a signal,
     keep(state) is given all that is needed to go on from there, as `state`, to the very same bits;
     after a signal KeyboardInterrupt follows. sample(net) makes a name to show. Where the network
     has begun as a trained one, its weights decay to what they were then.
@@ -271,14 +272,14 @@ def train(
     origin = [weight.to(args.device) for weight in progress["origin"]]
     start, curves = progress["step"], progress["curves"]
     # What it begins with may remain the best.
-    validated = curves["val"][-1][0] if curves["val"] else -1 if begun else 0
+    last_validated = curves["val"][-1][0] if curves["val"] else -1 if begun else 0
     for layer in net:
         if isinstance(layer, BatchNorm1d):
             layer.track_running_stats = False  # validate() measures them when they are needed
     batches = minibatches(train_windows, len(net[0].weight), start, args)
     every = max(1, args.steps // 200)
     weight_decay = 60 / max(12_000, args.steps)
-    # To validate on a thousand windows takes the time of some ten steps: it shall be a small part.
+    # To validate on a thousand windows takes the time of some ten steps: so at least fifty follow.
     validate_every = max(args.steps // 40, len(val_windows) // 20, 1)
     layout = "{percentage:3.0f}%|{bar:10}|{postfix} {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}]"
     bar = tqdm(total=args.steps, initial=start, bar_format=layout, dynamic_ncols=True, disable=None)
@@ -293,16 +294,16 @@ def train(
         # `step` steps are done. Each turn first measures and saves, then takes one step more.
         for step in range(start, args.steps + 1):
             try:
-                if step > validated and (step % validate_every == 0 or step == args.steps):
+                if step > last_validated and (step % validate_every == 0 or step == args.steps):
                     validate(average, train_windows, val_windows, progress)
                     show(bar, progress, sample(average))
                 # A signal to one of several processes stops them all.
-                stop = all_reduce(torch.tensor(len(stopped()), device=args.device)).item()
+                stop = all_reduce(torch.tensor(len(stopped), device=args.device)).item()
                 due = step > start and (step % args.checkpoint_every == 0 or step == args.steps)
                 if (due or stop) and not rank():
                     save()
                 if stop:
-                    raise KeyboardInterrupt(*stopped() or [signal.SIGTERM])
+                    raise KeyboardInterrupt(*stopped or [signal.SIGTERM])
                 if step == args.steps:
                     break
                 batch = next(batches)
@@ -417,7 +418,7 @@ def process_group(device):
             raise
         sys.stderr = sys.__stderr__
         what = "another process of this training has ended: go on with --resume, if a state is left"
-        raise ValueError(what) from None
+        raise ValueError(f"{what} ({shorten(str(error), 150)})") from None
     finally:
         if parallel():
             distributed.destroy_process_group()
@@ -430,7 +431,7 @@ def flags():
     """The parser of the command line."""
     parser = Parser(description=__doc__)
     n, size, dropout = number(int, 1, 10**12), number(int, 1, 10**5), number(float, 0, 0.99)
-    block_size, batch_size = number(int, 2, 1024), number(int, 2, 10**6)
+    batch_size, powers = number(int, 2, 10**6), [2**i for i in range(1, 11)]
     add = parser.add_argument_group("files").add_argument
     add("--data", metavar="LIST", default=NAMES, help="a text file, one name a line")
     add("--out", metavar="FILE", default=MODEL, help="the network; its picture goes beside it")
@@ -446,7 +447,8 @@ def flags():
     add("--threads", type=THREADS, metavar="N", default=1, help="processor cores to use")
     add("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train")
     add = parser.add_argument_group("network").add_argument
-    add("--block-size", type=block_size, metavar="N", default=16, help="characters: 2, 4, 8...")
+    what = "characters: 2, 4, 8 ... 1024"
+    add("--block-size", type=int, choices=powers, metavar="N", default=16, help=what)
     add("--n-embd", type=size, metavar="N", default=24, help="size of a character's vector")
     add("--n-hidden", type=size, metavar="N", default=280, help="channels of each level")
     return parser
@@ -530,6 +532,8 @@ def main(argv=None):
 
 def start(parser, argv, args):
     """Begin or go on with the training of these flags, the only one that writes to its files."""
+    if args.resume and args.init_from is not None:
+        raise ValueError("--resume goes on with what it began with: leave out --init-from")
     out, state, trained = os.path.realpath(args.out), None, None  # a link stays a link
     picture, unfinished, lock = files_of(out, args.data)
     with locked(lock) if not rank() else nullcontext():
@@ -612,10 +616,10 @@ def run(args, state, trained, out, picture, unfinished):
     if parallel() and args.batch_size < distributed.get_world_size():
         raise ValueError(f"--batch-size {args.batch_size} is less than the number of processes")
     digest, rows, vocab, split_windows = read_list(args, state)
-    validated = min(VALIDATED, 2**25 // len(vocab))  # fewer where each takes long
-    data = split_windows["train"], split_windows["val"][:validated]
-    chosen = recipe(len(data[0])).items()
-    chosen = {name: value for name, value in chosen if getattr(args, name) is None}
+    n_val = min(VALIDATED, 2**25 // len(vocab))  # fewer where each takes long
+    data = split_windows["train"], split_windows["val"][:n_val]
+    suits = recipe(len(data[0]))
+    chosen = {name: suits[name] for name in suits if getattr(args, name) is None}
     vars(args).update(chosen, data=os.path.abspath(args.data))
     net = new_network(args, vocab, trained)
     counts = ", ".join(f"{part} {len(some):,}" for part, some in split_windows.items())
@@ -630,15 +634,16 @@ def run(args, state, trained, out, picture, unfinished):
         model.write_tensors(unfinished, state | of_the_list)
 
     def sample(net):
+        if rank():
+            return ""
         try:
-            return "" if rank() else " ".join(generate(net, vocab, 1, max_length=30))
+            return " ".join(generate(copy.deepcopy(net).cpu(), vocab, 1, max_length=30))
         except ValueError:  # weights that overflow are noticed elsewhere
             return ""
 
     signals = []
     with on_signals(signals.append):
-        hooks = keep, lambda: signals, sample
-        best, curves = train(net, *data, args, bool(trained), state, *hooks)
+        best, curves = train(net, *data, args, bool(trained), state, keep, signals, sample)
     if rank():
         return
     if parallel():
@@ -659,8 +664,8 @@ def run(args, state, trained, out, picture, unfinished):
         os.remove(unfinished)
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
-    if len(split_windows["val"]) > validated:
-        what = f"of long splits {validated:,} windows validate, at most {MEASURED:,} are measured"
+    if len(split_windows["val"]) > n_val:
+        what = f"of long splits {n_val:,} windows validate, at most {MEASURED:,} are measured"
         print(f"{what}, fewer for a standard error < {ERROR}")
     what = f"step {best['step']:,}, of least validation loss, logits times {best['scale']:.2f}"
     print(f"kept: the averaged weights of {what}")

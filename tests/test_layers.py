@@ -51,6 +51,9 @@ def test_embedding(n, dim, shape, seed):
     y.backward(g)
     expected.backward(g)
     torch.testing.assert_close(ours.weight.grad, twin.weight.grad)
+    with torch.no_grad():
+        ours(index), ours.backward(g)
+    torch.testing.assert_close(ours.weight.grad, twin.weight.grad)
 
 
 @pytest.mark.parametrize("index", [-1, 3])
@@ -74,6 +77,16 @@ def test_linear_keeps_the_variance():
     torch.manual_seed(0)
     y = layers.Linear(500, 500, bias=False)(torch.randn(500, 500))
     assert y.var().item() == pytest.approx(1, abs=0.02)
+
+
+def test_backward_is_that_of_the_last_forward_or_fails():
+    layer, x = layers.Linear(3, 2), torch.randn(4, 3)
+    with torch.no_grad():
+        layer(x), layer.backward(torch.ones(4, 2))
+    for last in layer, layer.eval():
+        last(x)  # under autograd, and in eval mode
+        with pytest.raises(TypeError):
+            layer.backward(torch.ones(4, 2))
 
 
 @given(sizes, sizes, sizes, seeds)
@@ -187,6 +200,11 @@ def test_batch_norm_refuses_one_value_a_channel(shape):
 def test_batch_norm_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match="expected 3 channels"):
         layers.BatchNorm1d(3)(torch.randn(shape))
+
+
+def test_batch_norm_has_no_weights_for_three_dimensions():
+    with pytest.raises(ValueError, match="expected 3 channels"):
+        layers.BatchNorm1d(3)(torch.randn(2, 2, 3), torch.ones(2) / 2, 4)
 
 
 @given(st.sampled_from([0.05, 0.3, 0.5, 0.9]), st.sampled_from([(3,), (2, 3)]), seeds)

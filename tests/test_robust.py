@@ -149,6 +149,7 @@ def test_resume_refuses_what_contradicts(interrupted, refused):
     refused(train.main, [*out], "--resume", "own.pth.unfinished")
     refused(train.main, [*out, "--resume", "--n-hidden", 9], "--n-hidden 9", "--n-hidden 8")
     refused(train.main, [*out, "--resume", "--lr", 0.2], "--lr 0.2", "--lr 0.1")
+    refused(train.main, [*out, "--resume", "--init-from", "none.pth"], "leave out --init-from")
     (interrupted / "names.txt").write_text("ada\n" * 20)
     refused(train.main, [*out, "--resume"], "names.txt")
     assert (interrupted / "own.pth.unfinished").read_bytes() == state
@@ -324,7 +325,13 @@ def test_too_little_memory_says_so(interrupted, refused, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes", [["--n-hidden", 100_000], ["--n-hidden", 30_000], ["--block-size", 65_536]]
+    "sizes",
+    [
+        ["--n-hidden", 100_000],
+        ["--n-hidden", 30_000],
+        ["--block-size", 65_536],
+        ["--block-size", 6],
+    ],
 )
 def test_sizes_beyond_the_memory_are_refused(folder, refused, sizes):
     refused(

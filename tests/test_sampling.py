@@ -394,3 +394,10 @@ def test_bad_input_of_the_process():
     process = run("sampling.py", "--start", "1")
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith("sampling.py: error: '1' is not among the characters")
+
+
+def test_one_name_that_does_not_end_is_drawn_anew(monkeypatch, capsys):
+    answers = iter([[], ["ada"]])
+    monkeypatch.setattr(sampling, "generate", lambda *args: next(answers))
+    sampling.main(["-n", "1"])
+    assert capsys.readouterr().out == "ada\n"
