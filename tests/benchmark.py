@@ -150,7 +150,7 @@ def sampling(n=20_000):
     return in_turn(ours, plain)
 
 
-def worker(steps=100):
+def worker(steps=50):
     """One of several processes, or the only one: prints the seconds of some large steps."""
     torch.set_num_threads(1)
     with train.process_group("cpu"):

@@ -142,7 +142,14 @@ def test_dropout_cuts_contexts_short():
 
 
 @pytest.mark.parametrize(
-    "n, dropout, steps", [(183_802, 0.15, 200_000), (10**8, 0.023, 200_000), (2_544, 0.25, 3_307)]
+    "n, dropout, steps",
+    [
+        (183_802, 0.15, 200_000),
+        (10**8, 0.023, 200_000),
+        (33_619, 0.25, 43_704),
+        (13_466, 0.25, 17_505),
+        (2_544, 0.3, 3_307),
+    ],
 )
 def test_recipe(n, dropout, steps):
     assert train.recipe(n) == {"dropout": dropout, "steps": steps}
