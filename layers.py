@@ -1,11 +1,12 @@
 """The arithmetic: each layer, forward and backward, and the distinct rows of a minibatch.
 
 Names, arguments, parameter shapes and results of the layers are those of torch.nn, except that
-BatchNorm1d has the channels last, and Dropout leaves out whole channels. forward() is plain tensor arithmetic, so autograd can
-differentiate it. backward(g) is the same gradient worked out by hand, which takes less time than
-autograd's walk through every operation: from g = dL/dy of the last forward(), in training mode and
-without autograd, it sets .grad of the layer's own parameters and returns dL/dx. Where several
-processes train together, sums over the minibatch are sums over all of them.
+BatchNorm1d has the channels last, and Dropout leaves out whole channels. forward() is plain tensor
+arithmetic, so autograd can differentiate it. backward(g) is the same gradient worked out by hand,
+which takes less time than autograd's walk through every operation: from g = dL/dy of the last
+forward(), in training mode and without autograd, it sets .grad of the layer's own parameters and
+returns dL/dx. Where several processes train together, sums over the minibatch are sums over all
+of them.
 """
 
 from typing import NamedTuple
