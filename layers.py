@@ -21,6 +21,14 @@ def save_for_backward(layer, *tensors):
     layer.__dict__["saved"] = tensors if needed else None  # setattr() takes longer in nn.Module
 
 
+def index_select_backward(g, index, n):
+    """From g = dL/dx[index], (R, C), the gradient of the n rows x, (n, C).
+
+    A row that was taken several times gathers the gradients of all its uses.
+    """
+    return g.new_zeros(n, g.shape[1]).index_add_(0, index, g)
+
+
 def parallel():
     """Whether this is one of several processes that train together."""
     return distributed.is_available() and distributed.is_initialized()
@@ -49,10 +57,9 @@ class Embedding(nn.Module):
         return self.weight.index_select(0, index.reshape(-1)).view(*index.shape, -1)
 
     def backward(self, g):
-        # A vector that was taken several times gathers the gradients of all its uses.
         (index,) = self.saved
-        g_rows = g.reshape(-1, g.shape[-1])
-        self.weight.grad = torch.zeros_like(self.weight).index_add_(0, index.reshape(-1), g_rows)
+        n, C = self.weight.shape
+        self.weight.grad = index_select_backward(g.reshape(-1, C), index.reshape(-1), n)
 
     def extra_repr(self):
         return "{}, {}".format(*self.weight.shape)
@@ -290,14 +297,11 @@ def forward_distinct(net, tree):
 
 
 def backward_distinct(net, tree, g):
-    """Set .grad of every parameter, from g (B, vocab_size) = dL/dlogits of forward_distinct().
-
-    A row that was taken several times gathers the gradients of all its uses.
-    """
+    """Set .grad of every parameter, from g (B, vocab_size) = dL/dlogits of forward_distinct()."""
     levels, ids = tree
     embedding, *layers = net
     sizes = [len(embedding.weight)] + [len(level.weights) for level in levels]
-    g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, ids, g)
+    g = index_select_backward(g, ids, sizes.pop())
     coming, sums = reversed(levels), []
     for layer in reversed(layers):
         g = layer.backward(g)
@@ -305,8 +309,7 @@ def backward_distinct(net, tree, g):
             grads = [parameter.grad for parameter in layer.parameters()]
             sums += [distributed.all_reduce(grad, async_op=True) for grad in grads]
         if isinstance(layer, FlattenConsecutive):
-            g = g.flatten(0, 1)
-            g = g.new_zeros(sizes.pop(), g.shape[1]).index_add_(0, next(coming).children, g)
+            g = index_select_backward(g.flatten(0, 1), next(coming).children, sizes.pop())
     embedding.weight.grad = all_reduce(g)
     for work in sums:
         work.wait()

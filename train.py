@@ -49,8 +49,8 @@ from sampling import (
 )
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
-MEASURED = 430_000  # windows, at most, of a split at the end; more than VALIDATED are only measured
-ERROR = 0.002  # until the standard error of the loss, in nats, is less than this
+MEASURED = 430_000  # windows, at most, of a split at the end
+ERROR = 0.002  # nats: VALIDATED windows and more are enough once the loss has this standard error
 SCALES = [0.5 + 0.05 * i for i in range(17)]  # of the logits, from 0.5 to 1.3
 
 
