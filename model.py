@@ -32,11 +32,11 @@ def canonical(name):
 def read_names(path, progress=lambda text: None):
     """The names of a UTF-8 text file, one a line, each as canonical(); blank lines do not count.
 
-    progress(text) is told how far it has come. Raises ValueError when the file cannot be read or
-    holds no list of names.
+    The path "-" is standard input. progress(text) is told how far it has come. Raises ValueError
+    when the file cannot be read or holds no list of names.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(0 if path == "-" else path, encoding="utf-8-sig") as file:
             text = file.read(LARGEST_LIST + 1)
     except OSError as error:
         what = f"cannot be read ({error.strerror}): give a text file with one name a line"
@@ -83,11 +83,15 @@ class Vocabulary:
 
     def encode(self, text):
         """str -> list of int, also of the end token. Raises ValueError for an unknown character."""
-        try:
-            return [self.index[char] for char in text]
-        except KeyError as error:
+        if unknown := [char for char in text if char not in self.index]:
             known = repr(self.chars[1:60]) + " ..." * (len(self) > 60)
-            raise ValueError(f"{error.args[0]!r} is not among the characters {known}") from None
+            what = f"{unknown[0]!r} is not among the characters {known}"
+            # Small letters, or capitals, may be what was meant.
+            forms = [[f for f in (c, c.lower(), c.upper()) if f in self.index] for c in text]
+            if all(forms):
+                what += f": did you mean {''.join(form[0] for form in forms)!r}?"
+            raise ValueError(what)
+        return [self.index[char] for char in text]
 
     def decode(self, codes):
         """Sequence of int -> str."""

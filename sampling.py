@@ -20,7 +20,7 @@ from unicodedata import normalize
 import torch
 
 from layers import BatchNorm1d, Linear
-from model import LARGEST_LINE, canonical, digest, load, out_of_memory, read_names
+from model import canonical, digest, load, out_of_memory, read_names
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NAMES, MODEL = (os.path.relpath(f"{HERE}/{name}") for name in ("names.txt", "model_state.pth"))
@@ -104,7 +104,7 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=LO
     if vocab.end in start:
         raise ValueError(f"a name cannot hold {vocab.end!r}, which marks its end")
     prefixes = Prefixes(net, n)
-    columns = [torch.full((n,), code) for code in encode(vocab, start)]
+    columns = [torch.full((n,), code) for code in vocab.encode(start)]
     for codes in columns:
         prefixes.extend(codes)
     while len(prefixes.alive) and len(columns) <= max_length:
@@ -130,29 +130,13 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=LO
     return [name for name in vocab.decode(table.flatten().tolist()).split(vocab.end) if name]
 
 
-def encode(vocab, start):
-    """vocab.encode(start), with an error that says when small letters, or capitals, would do."""
-    try:
-        return vocab.encode(start)
-    except ValueError as error:
-        near = ""
-        for char in start:
-            forms = char, char.lower(), char.upper()
-            near += next((form for form in forms if form in vocab.index), "\n")
-        if "\n" not in near:
-            raise ValueError(f"{error}: did you mean {near!r}?") from None
-        raise
-
-
 def condition(min_length=0, match="", known=None):
     """-> a function of a name: has it min_length characters, and is the expression found in it?
 
     With `known`, also: is it neither in there nor was it accepted before?
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what later Pythons may take in another way
-            pattern = re.compile(match)
+        pattern = re.compile(match)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"--match {match!r} is not a regular expression: {error}") from None
     seen = set(known or ())
@@ -237,6 +221,7 @@ class Parser(argparse.ArgumentParser):
         This is no context manager, as a signal may come at any moment: also between the end of a
         `with` and the `except` that it has inside.
         """
+        warnings.simplefilter("ignore")
         # A stream that was closed before the start is one that nobody reads.
         sys.stdout = sys.stdout or nobody()
         sys.stderr = sys.stderr or nobody()
@@ -372,7 +357,7 @@ def run(args):
     net, vocab, made = load(args.model)
     batch = max(1, min(BATCH, 2**22 // len(vocab)))
     if args.score is not None:
-        print_scores(net, vocab, args.score, batch)
+        print_scores(net, vocab, read_names(args.score), batch)
         return
     known = None
     if args.new:
@@ -394,29 +379,16 @@ def run(args):
         print(name)
 
 
-def print_scores(net, vocab, path, batch):
-    """For each name of the file at path, "-" for standard input: its score, a tab, and the name."""
-    unknown, names = 0, lines(path)
-    while part := list(islice(names, batch)):
+def print_scores(net, vocab, names, batch):
+    """For each name: its score, a tab, and the name."""
+    unknown = 0
+    for i in range(0, len(names), batch):
+        part = names[i : i + batch]
         losses = score(net, vocab, part)
         print("\n".join(f"{loss:.4f}\t{name}" for loss, name in zip(losses, part)))
         unknown += losses.count(math.inf)
     if unknown:
         remark(f"names with characters that the network does not know: {unknown:,}")
-
-
-def lines(path):
-    """Yield the lines of a UTF-8 text file, without the blanks around them; no blank ones."""
-    try:
-        with open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace") as file:
-            while line := file.readline(LARGEST_LINE + 2):
-                if len(line.rstrip("\n")) > LARGEST_LINE:
-                    what = f"holds a line of more than {LARGEST_LINE:,} characters"
-                    raise ValueError(f"{path} {what}")
-                if name := canonical(line):
-                    yield name
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import os
 import random
 import shlex
 import sys
-from argparse import Namespace
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from textwrap import shorten
@@ -23,30 +22,12 @@ from torch import distributed
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import layers
 import model
-from layers import (
-    BatchNorm1d,
-    all_reduce,
-    backward_distinct,
-    distinct_rows,
-    forward_distinct,
-    parallel,
-)
+import sampling
+from layers import BatchNorm1d, all_reduce, distinct_rows, parallel
 from model import Vocabulary, WaveNet, contexts_and_targets, out_of_memory, windows
-from sampling import (
-    MODEL,
-    NAMES,
-    POSITIVE,
-    SEED,
-    THREADS,
-    Parser,
-    generate,
-    interrupt,
-    nobody,
-    number,
-    on_signals,
-    remark,
-)
+from sampling import number, remark
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
 MEASURED = 430_000  # windows, at most, of a split at the end
@@ -137,9 +118,9 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=())
     Only matrices decay. With `origin`, the weights of the trained network that this one began as,
     it is (parameter - origin) that decays: L2-SP, arXiv:1802.01483.
     """
-    logits = forward_distinct(net, tree)
+    logits = layers.forward_distinct(net, tree)
     loss, grad = cross_entropy(logits, targets, n)
-    backward_distinct(net, tree, grad)
+    layers.backward_distinct(net, tree, grad)
     all_reduce(loss)
     for i, parameter in enumerate(parameters):
         if weight_decay and parameter.dim() == 2:
@@ -157,7 +138,7 @@ def predictions(net, codes):
     for part in codes.split(min(8192, max(1, 2**25 // vocab_size))):
         contexts, targets = contexts_and_targets(part)
         (tree,) = distinct_rows(contexts[None].to(device), vocab_size)
-        yield forward_distinct(net, tree), targets.to(device)
+        yield layers.forward_distinct(net, tree), targets.to(device)
 
 
 def evaluate(net, codes, scales=(1.0,)):
@@ -209,7 +190,7 @@ def recompute_statistics(net, codes, batches):
         drawn = torch.randint(len(codes), (1, batch_size), generator=generator)
         contexts = own_part(contexts_and_targets(codes[drawn])[0]).to(net[0].weight.device)
         (tree,) = distinct_rows(contexts, len(net[0].weight), batch_size)
-        forward_distinct(net[:-1], tree)
+        layers.forward_distinct(net[:-1], tree)
     net.eval()
 
 
@@ -272,8 +253,6 @@ def train(
     progress |= {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
     origin = [weight.to(args.device) for weight in progress["origin"]]
     start, curves = progress["step"], progress["curves"]
-    # What it begins with may remain the best.
-    last_validated = curves["val"][-1][0] if curves["val"] else -1 if begun else 0
     for layer in net:
         if isinstance(layer, BatchNorm1d):
             layer.track_running_stats = False  # validate() measures them when they are needed
@@ -285,50 +264,40 @@ def train(
     layout = "{percentage:3.0f}%|{bar:10}|{postfix} {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}]"
     bar = tqdm(total=args.steps, initial=start, bar_format=layout, dynamic_ncols=True, disable=None)
     net.train()
-
-    def save():
-        if not all(weight.isfinite().all() for weight in parameters):
-            raise FloatingPointError(f"weights are not finite at step {progress['step']}")
+    if begun and not state:  # what it begins with may remain the best
+        validate(average, train_windows, val_windows, progress)
+    if parallel() and not state and not rank():  # another process may end before the first save
         keep(progress)
-
     with bar:
-        # `step` steps are done. Each turn first measures and saves, then takes one step more.
-        for step in range(start, args.steps + 1):
-            try:
-                if step > last_validated and (step % validate_every == 0 or step == args.steps):
-                    validate(average, train_windows, val_windows, progress)
-                    show(bar, progress, sample(average))
-                # A signal to one of several processes stops them all.
-                stop = all_reduce(torch.tensor(len(stopped), device=args.device)).item()
-                due = step > start and (step % args.checkpoint_every == 0 or step == args.steps)
-                if (due or stop) and not rank():
-                    save()
-                if stop:
-                    raise KeyboardInterrupt(*stopped or [signal.SIGTERM])
-                if step == args.steps:
-                    break
-                batch = next(batches)
-                torch.manual_seed(~seed_of(step, args))  # of Dropout: not the numbers that drew
-                lr = learning_rate(step, args.steps, args.lr)
-                loss = sgd_step(net, parameters, *batch, args.batch_size, lr, weight_decay, origin)
-            except RuntimeError as error:
-                # Another process has ended: the weights still are those of this step.
-                if parallel() and not rank() and not out_of_memory(error):
-                    save()
-                raise
+        for step in range(start + 1, args.steps + 1):
+            torch.manual_seed(~seed_of(step - 1, args))  # of Dropout: not those that drew
+            lr = learning_rate(step - 1, args.steps, args.lr)
+            batch = next(batches)
+            loss = sgd_step(net, parameters, *batch, args.batch_size, lr, weight_decay, origin)
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
-            progress["step"] = done = step + 1
+                raise FloatingPointError(f"the loss is {loss} at step {step}")
+            progress["step"] = step
             progress["loss_sum"] += loss
-            if done % 10 == 0 or done % validate_every == 0 or done == args.steps:
-                # Not at each step: neighbours are nearly the same.
+            validates = step % validate_every == 0 or step == args.steps
+            if step % 10 == 0 or validates:  # not at each step: neighbours are nearly the same
                 take_in(average, net, progress["averaged"])
                 progress["averaged"] += 1
-            if done % every == 0:
-                curves["train"].append((done, progress["loss_sum"] / every))
+            if step % every == 0:
+                curves["train"].append((step, progress["loss_sum"] / every))
                 progress["loss_sum"] = 0.0
                 show(bar, progress)
+            if validates:
+                validate(average, train_windows, val_windows, progress)
+                show(bar, progress, sample(average))
             bar.update()
+            # A signal to one of several processes stops them all.
+            stop = all_reduce(torch.tensor(len(stopped), device=args.device)).item()
+            if (stop or step % args.checkpoint_every == 0 or step == args.steps) and not rank():
+                if not all(weight.isfinite().all() for weight in parameters):
+                    raise FloatingPointError(f"weights are not finite at step {step}")
+                keep(progress)
+            if stop:
+                raise KeyboardInterrupt(*stopped or [signal.SIGTERM])
     return progress["best"], curves
 
 
@@ -411,7 +380,7 @@ def process_group(device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     if rank():
-        sys.stdout = sys.stderr = nobody()
+        sys.stdout = sys.stderr = sampling.nobody()
     try:
         yield
     except RuntimeError as error:
@@ -430,23 +399,28 @@ def process_group(device):
 
 def flags():
     """The parser of the command line."""
-    parser = Parser(description=__doc__)
+    parser = sampling.Parser(description=__doc__)
     n, size, dropout = number(int, 1, 10**12), number(int, 1, 10**5), number(float, 0, 0.99)
     batch_size, powers = number(int, 2, 10**6), [2**i for i in range(1, 11)]
+    devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     add = parser.add_argument_group("files").add_argument
-    add("--data", metavar="LIST", default=NAMES, help="a text file, one name a line")
-    add("--out", metavar="FILE", default=MODEL, help="the network; its picture goes beside it")
+    add("--data", metavar="LIST", default=sampling.NAMES, help="a text file, one name a line")
+    what = "the network; its picture goes beside it"
+    add("--out", metavar="FILE", default=sampling.MODEL, help=what)
     add("--init-from", metavar="FILE", help="a network to begin with, in place of a new one")
     add("--resume", action="store_true", help="go on with a training that was interrupted")
     add("--checkpoint-every", type=n, metavar="N", default=3000, help="steps between saved states")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=n, metavar="N", help="steps of SGD; left out: what suits the list")
     add("--dropout", type=dropout, metavar="P", help="share of channels; left out: what suits")
-    add("--lr", type=POSITIVE, default=0.1, help="learning rate; a tenth of it in the second half")
+    what = "learning rate; a tenth of it in the second half"
+    add("--lr", type=sampling.POSITIVE, default=0.1, help=what)
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows a step")
-    add("--seed", type=SEED, metavar="N", default=1, help="another number, another network")
-    add("--threads", type=THREADS, metavar="N", default=1, help="processor cores to use")
-    add("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="where to train")
+    add(
+        "--seed", type=sampling.SEED, metavar="N", default=1, help="another number, another network"
+    )
+    add("--threads", type=sampling.THREADS, metavar="N", default=1, help="processor cores to use")
+    add("--device", default="cpu", choices=devices, help="where to train; others are cuda, mps")
     add = parser.add_argument_group("network").add_argument
     what = "characters: 2, 4, 8 ... 1024"
     add("--block-size", type=int, choices=powers, metavar="N", default=16, help=what)
@@ -463,8 +437,9 @@ STATE = "step averaged loss_sum curves best origin state_dict average names flag
 
 
 def settled(parser, argv, given, what):
-    """`given` flags with those of argv over them. Raises ValueError where they contradict."""
-    args = parser.parse_args(argv, Namespace(**given))
+    """`given` flags with those of argv after them. Raises ValueError where they contradict."""
+    before = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    args = parser.parse_args(before + argv)
     for name in OF_THE_RUN:
         if name in given and (new := getattr(args, name)) != given[name]:
             flag = "--" + name.replace("_", "-")
@@ -472,7 +447,7 @@ def settled(parser, argv, given, what):
     return args
 
 
-def files_of(out, data):
+def files_of(out):
     """The files of a training beside the network, `out`: its picture, unfinished state, and lock.
 
     Raises ValueError when one of them is no file, or could be another one that the user needs.
@@ -484,7 +459,7 @@ def files_of(out, data):
     for path in out, *files:
         if os.path.lexists(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is a folder or a device: choose another --out")
-    if len({os.path.realpath(data), out, *files}) < 5:
+    if len({out, *files}) < 4:
         raise ValueError(f"--out {out} and its {', '.join(names)} are not files of their own")
     if not os.path.isdir(os.path.dirname(out)):
         raise ValueError(f"{out} cannot be written (no such folder): choose another --out")
@@ -512,19 +487,12 @@ def locked(path):
         lock.release()
 
 
-def refuse_device(device):
-    """Raises ValueError unless this machine has it."""
-    if device != "cpu" and not getattr(torch, device).is_available():
-        raise ValueError(f"this machine has no device {device!r}: leave out --device")
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = flags()
 
     def training():
         args = parser.parse_args(argv)
-        refuse_device(args.device)
         with process_group(args.device):
             start(parser, argv, args)
 
@@ -536,14 +504,12 @@ def start(parser, argv, args):
     if args.resume and args.init_from is not None:
         raise ValueError("--resume goes on with what it began with: leave out --init-from")
     out, state, trained = os.path.realpath(args.out), None, None  # a link stays a link
-    picture, unfinished, lock = files_of(out, args.data)
+    picture, unfinished, lock = files_of(out)
     with locked(lock) if not rank() else nullcontext():
         if args.resume:
             if not rank():
                 state = model.read_tensors(unfinished, STATE, "there is nothing to resume")
                 args = settled(parser, argv, state["flags"], "the unfinished training")
-                files_of(out, args.data)  # the list is another one, perhaps
-                refuse_device(args.device)
         elif os.path.exists(unfinished):
             what = "is of an unfinished training: add --resume to go on, or delete it"
             raise ValueError(f"{unfinished} {what}")
@@ -554,12 +520,13 @@ def start(parser, argv, args):
         if any(theirs != argv for theirs in from_all(argv)):
             raise ValueError("the processes have different flags: start all with the same")
         state, args = from_all((state, args))[0]  # all take what process 0 has read
+        if os.path.realpath(args.data) in (out, picture, unfinished, lock):
+            raise ValueError(f"--out {args.out} would replace the list {args.data}")
         try:
             run(args, state, trained, out, picture, unfinished)
         except KeyboardInterrupt:
             if os.path.exists(unfinished):
-                again = f"python train.py --out {shlex.quote(out)} --resume"
-                remark(f"stopped; to go on: {again}")
+                remark(f"stopped; to go on: python train.py --out {shlex.quote(out)} --resume")
             raise
         except FloatingPointError as error:
             hint = f"--lr {args.lr} is too high"
@@ -638,19 +605,19 @@ def run(args, state, trained, out, picture, unfinished):
         if rank():
             return ""
         try:
-            return " ".join(generate(copy.deepcopy(net).cpu(), vocab, 1, max_length=30))
+            return " ".join(sampling.generate(copy.deepcopy(net).cpu(), vocab, 1, max_length=30))
         except ValueError:  # weights that overflow are noticed elsewhere
             return ""
 
     signals = []
-    with on_signals(signals.append):
+    with sampling.on_signals(signals.append):
         best, curves = train(net, *data, args, bool(trained), state, keep, signals, sample)
     if rank():
         return
     if parallel():
         distributed.destroy_process_group()  # from here on this process works alone
     if signals:
-        interrupt(signals[0])
+        sampling.interrupt(signals[0])
     net = finished(net.config, best, *data)
     losses = final_losses(net, split_windows)
     made = {name: getattr(args, name) for name in OF_THE_RUN}
@@ -670,7 +637,7 @@ def run(args, state, trained, out, picture, unfinished):
         print(f"{what}, fewer for a standard error < {ERROR}")
     what = f"step {best['step']:,}, of least validation loss, logits times {best['scale']:.2f}"
     print(f"kept: the averaged weights of {what}")
-    print("\n".join(generate(net, vocab, 10)))
+    print("\n".join(sampling.generate(net, vocab, 10)))
     print(f"written: {out} and {picture}")
 
 

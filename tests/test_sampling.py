@@ -188,9 +188,9 @@ def test_the_guard_stops_a_network_that_never_ends(tmp_path, refused, capsys):
     refused(main, ["--model", tmp_path / "model.pth"], "model.pth", f"{LONGEST:,} characters")
 
 
-def test_an_expression_that_warns_is_quiet(recwarn):
-    condition(match="[[a]")
-    assert not recwarn.list
+def test_an_expression_that_warns_is_quiet():
+    process = run("sampling.py", "-n", 1, "--match", "[[a]")
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_weights_that_are_no_numbers():
@@ -267,15 +267,13 @@ def test_scores_are_losses_of_the_plain_forward_pass():
 
 
 def test_score(tiny, tmp_path, monkeypatch):
-    (tmp_path / "some.txt").write_bytes(
-        "\ufeffida\r\n\n  jo \nIda\nż\na.a\nida".encode() + b"\n\xff"
-    )
+    (tmp_path / "some.txt").write_bytes("\ufeffida\r\n\n  jo \nIda\nż\na.a\nida".encode())
     process = run("sampling.py", "--model", tiny / "model.pth", "--score", tmp_path / "some.txt")
     losses, names = zip(*(line.split("\t") for line in process.stdout.splitlines()))
-    assert names == ("ida", "jo", "Ida", "ż", "a.a", "ida", "\ufffd")
-    assert [loss == "inf" for loss in losses] == [False, False, True, True, True, False, True]
+    assert names == ("ida", "jo", "Ida", "ż", "a.a", "ida")
+    assert [loss == "inf" for loss in losses] == [False, False, True, True, True, False]
     assert losses[0] == losses[5] != losses[1] and float(losses[0]) > 0
-    assert process.stderr == "names with characters that the network does not know: 4\n"
+    assert process.stderr == "names with characters that the network does not know: 3\n"
     stdin = "".join(f"{name}\n" for name in names)
     again = run("sampling.py", "--model", tiny / "model.pth", "--score", "-", input=stdin)
     assert (again.stdout, again.stderr) == (process.stdout, process.stderr)
@@ -284,7 +282,7 @@ def test_score(tiny, tmp_path, monkeypatch):
 def test_the_form_that_is_known_is_meant_for_each_character():
     vocab = Vocabulary(["St. Éa"])
     with pytest.raises(ValueError, match="did you mean 'St. Éa'"):
-        sampling.encode(vocab, "sT. ÉA")
+        vocab.encode("sT. ÉA")
 
 
 def test_new_knows_which_list_was_learnt(tiny, refused):
@@ -366,7 +364,7 @@ def test_new(tiny):
         (["--start", "Ada"], ["'A'", "'ada'"]),
         (["--start", "aDa"], ["'D'", "'ada'"]),
         (["--data", "names.txt"], ["--new"]),
-        (["--score", "/dev/zero"], ["line of more than"]),
+        (["--score", "/dev/zero"], ["/dev/zero holds more than"]),
         (["--match", "a("], ["--match", "a("]),
         (["--match", "a{99999999999999999999}"], ["--match"]),
         (["--score", "none.txt"], ["none.txt"]),
