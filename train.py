@@ -51,8 +51,8 @@ def split(names):
 
 def recipe(n):
     """The flags that suit a list of n training windows, as measured in tests/RESULTS.md."""
-    dropout = 0.3 if n < 10_000 else round(min(0.25, 5.7 / n**0.3), 3)
-    return {"dropout": dropout, "steps": min(200_000, n * 13 // 10)}
+    dropout = min(0.4, max(3000 / n, min(0.25, 5.7 / n**0.3)))
+    return {"dropout": round(dropout, 3), "steps": min(200_000, n * 13 // 10)}
 
 
 def seed_of(step, args):
