@@ -5,7 +5,6 @@ import io
 import os
 import re
 import shutil
-import zipfile
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 from unicodedata import normalize
@@ -192,15 +191,10 @@ def write(path, data):
 
 
 def write_tensors(path, content):
-    """Write what torch.load(path, weights_only=True) reads; read_tensors() also notices damage.
-
-    It is the zip archive of torch.save(), with the SHA-256 of all before it as its comment.
-    """
+    """Write what torch.load(path, weights_only=True) reads, and its SHA-256 behind it."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with zipfile.ZipFile(buffer, "a") as archive:
-        archive.comment = bytes(64)
-    data = buffer.getvalue()[:-64]
+    data = buffer.getvalue()
     write(path, data + hashlib.sha256(data).hexdigest().encode())
 
 
@@ -214,9 +208,10 @@ def read_tensors(path, keys, advice):
         raise ValueError(f"{path} is no file: {advice}")
     try:
         with open(path, "rb") as file:
-            archive = zipfile.is_zipfile(file)  # what is none may be too large to read
+            file.seek(max(0, os.path.getsize(path) - 64))
+            whole = not file.read().strip(b"0123456789abcdef")  # else it may be too large to read
             file.seek(0)
-            data = file.read() if archive else b""
+            data = file.read() if whole else b""
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
     if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:

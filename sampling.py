@@ -14,7 +14,7 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from unicodedata import normalize
 
 import torch
@@ -180,25 +180,19 @@ def score(net, vocab, names):
 
     It is infinite for a name with a character that the model does not know.
     """
-    losses = torch.full((len(names),), math.inf, dtype=torch.float64)
     chars = set(vocab.chars[1:])
-    known = [i for i, name in enumerate(names) if chars.issuperset(name)]
-    lengths = torch.tensor([len(names[i]) + 1 for i in known], dtype=torch.int64)
-    starts = lengths.cumsum(0) - lengths
-    text = "".join(names[i] + vocab.end for i in known)
-    codes = torch.tensor(vocab.encode(text), dtype=torch.int64)
-    prefixes = Prefixes(net, len(known))
-    sums, position = torch.zeros(len(known), dtype=torch.float64), 0
-    while len(prefixes.alive):
-        given = codes[starts[prefixes.alive] + position]
+    known = [name if chars.issuperset(name) else "" for name in names]
+    prefixes, sums = Prefixes(net, len(names)), torch.zeros(len(names), dtype=torch.float64)
+    rows = (vocab.encode(name + vocab.end) for name in known)
+    for codes in zip_longest(*rows, fillvalue=0):  # of a character of each name
+        given = torch.tensor(codes)[prefixes.alive]
         log_probs = prefixes.logits.double().log_softmax(1)
         sums[prefixes.alive] -= log_probs[prefixes.ids, given]
         prefixes.extend(given)
-        position += 1
     if sums.isnan().any():
         raise ValueError(NOT_FINITE)
-    losses[known] = sums / lengths
-    return losses.tolist()
+    losses = [loss / (len(name) + 1) for loss, name in zip(sums.tolist(), names)]
+    return [loss if chars.issuperset(name) else math.inf for loss, name in zip(losses, names)]
 
 
 # What both command lines share
@@ -295,18 +289,15 @@ def interrupt(signum):
     raise KeyboardInterrupt(signum)
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of `kind`, low <= number <= high."""
+def number(kind, low, high):
+    """An argparse type: a number of `kind`, low <= number <= high."""
 
-    def parse(text):
-        with suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and math.isfinite(value):
-                return value
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low} to {high}")
+    def number(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not from {low} to {high}")
+        return value
 
-    return parse
+    return number
 
 
 POSITIVE, SEED, THREADS = number(float, 1e-6, 1e6), number(int, 0, 2**32 - 1), number(int, 1, 1024)

@@ -30,8 +30,7 @@ from model import Vocabulary, WaveNet, contexts_and_targets, out_of_memory, wind
 from sampling import number, remark
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
-MEASURED = 430_000  # windows, at most, of a split at the end
-ERROR = 0.002  # nats: VALIDATED windows and more are enough once the loss has this standard error
+MEASURED = 430_000  # of a split at the end: the loss of names has a standard error of 0.002 nats
 SCALES = [0.5 + 0.05 * i for i in range(17)]  # of the logits, from 0.5 to 1.3
 
 
@@ -132,29 +131,16 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=())
 
 
 @torch.no_grad()
-def predictions(net, codes):
-    """Yield logits (B, V) of the network in eval mode and targets (B,), for all windows."""
-    vocab_size, device = len(net[0].weight), net.eval()[0].weight.device
+def evaluate(net, codes, scales=(1.0,)):
+    """Mean loss of all windows, nats a character, in eval mode, for each scale of the logits."""
+    vocab_size, device, total = len(net[0].weight), net.eval()[0].weight.device, 0.0
     for part in codes.split(min(8192, max(1, 2**25 // vocab_size))):
         contexts, targets = contexts_and_targets(part)
         (tree,) = distinct_rows(contexts[None].to(device), vocab_size)
-        yield layers.forward_distinct(net, tree), targets.to(device)
-
-
-def evaluate(net, codes, scales=(1.0,)):
-    """Mean loss, nats a character, in eval mode, for each scale of the logits.
-
-    It is that of all windows, or of the first ones, when their mean has a standard error < ERROR.
-    """
-    total, squares, n = 0.0, 0.0, 0
-    for logits, targets in predictions(net, codes):
-        losses = [F.cross_entropy(scale * logits, targets, reduction="none") for scale in scales]
-        losses = torch.stack(losses).cpu().double()
-        total, squares = total + losses.sum(1), squares + losses.square().sum(1)
-        n += len(targets)
-        if n > VALIDATED and (squares / n - (total / n) ** 2).max() < n * ERROR**2:
-            break
-    return (total / n).tolist()
+        logits, targets = layers.forward_distinct(net, tree), targets.to(device)
+        losses = [F.cross_entropy(scale * logits, targets, reduction="sum") for scale in scales]
+        total += torch.stack(losses).cpu().double()
+    return (total / len(codes)).tolist()
 
 
 def best_scale(net, codes, scales, scale):
@@ -344,10 +330,8 @@ def plot(path, curves, losses):
     axes = figure.subplots()
     axes.plot(*zip(*curves["train"]), label="training, smoothed")
     axes.plot(*zip(*curves["val"]), label="validation, averaged weights")
-    label = "validation, the network that was kept"
-    axes.axhline(losses["val"], color="black", linewidth=0.8, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a character)")
+    axes.axhline(losses["val"], color="black", linewidth=0.8, label="validation, what was kept")
+    axes.set(xlabel="step", ylabel="loss (nats a character)")
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
@@ -405,16 +389,14 @@ def flags():
     devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     add = parser.add_argument_group("files").add_argument
     add("--data", metavar="LIST", default=sampling.NAMES, help="a text file, one name a line")
-    what = "the network; its picture goes beside it"
-    add("--out", metavar="FILE", default=sampling.MODEL, help=what)
+    add("--out", metavar="FILE", default=sampling.MODEL, help="the network; a picture goes beside")
     add("--init-from", metavar="FILE", help="a network to begin with, in place of a new one")
     add("--resume", action="store_true", help="go on with a training that was interrupted")
     add("--checkpoint-every", type=n, metavar="N", default=3000, help="steps between saved states")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=n, metavar="N", help="steps of SGD; left out: what suits the list")
     add("--dropout", type=dropout, metavar="P", help="share of channels; left out: what suits")
-    what = "learning rate; a tenth of it in the second half"
-    add("--lr", type=sampling.POSITIVE, default=0.1, help=what)
+    add("--lr", type=sampling.POSITIVE, default=0.1, help="learning rate; from half way a tenth")
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows a step")
     add(
         "--seed", type=sampling.SEED, metavar="N", default=1, help="another number, another network"
@@ -422,8 +404,7 @@ def flags():
     add("--threads", type=sampling.THREADS, metavar="N", default=1, help="processor cores to use")
     add("--device", default="cpu", choices=devices, help="where to train; others are cuda, mps")
     add = parser.add_argument_group("network").add_argument
-    what = "characters: 2, 4, 8 ... 1024"
-    add("--block-size", type=int, choices=powers, metavar="N", default=16, help=what)
+    add("--block-size", type=int, choices=powers, metavar="N", default=16, help="2, 4, 8 ... 1024")
     add("--n-embd", type=size, metavar="N", default=24, help="size of a character's vector")
     add("--n-hidden", type=size, metavar="N", default=280, help="channels of each level")
     return parser
@@ -633,10 +614,11 @@ def run(args, state, trained, out, picture, unfinished):
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
     if len(split_windows["val"]) > n_val:
-        what = f"of long splits {n_val:,} windows validate, at most {MEASURED:,} are measured"
-        print(f"{what}, fewer for a standard error < {ERROR}")
-    what = f"step {best['step']:,}, of least validation loss, logits times {best['scale']:.2f}"
-    print(f"kept: the averaged weights of {what}")
+        print(f"of long splits {n_val:,} windows validate, at most {MEASURED:,} are measured")
+    what = (
+        f"the averaged weights of step {best['step']:,}" if best["step"] else "what it began with"
+    )
+    print(f"kept: {what}, of least validation loss, logits times {best['scale']:.2f}")
     print("\n".join(sampling.generate(net, vocab, 10)))
     print(f"written: {out} and {picture}")
 

@@ -8,11 +8,10 @@ from collections import Counter
 
 import torch
 from kneser_ney import ROOT, KneserNey, split
-from torch.nn import functional as F
 
 from model import load, read_names, windows
 from sampling import generate
-from train import predictions
+from train import evaluate
 
 N = 10_000
 
@@ -28,15 +27,6 @@ def shares(drawn, names, train):
     ]
 
 
-def loss(net, window, temperature):
-    batches = predictions(net, window)
-    total = sum(
-        F.cross_entropy(logits / temperature, targets, reduction="sum").item()
-        for logits, targets in batches
-    )
-    return total / len(window)
-
-
 def main():
     names = read_names(ROOT / "names.txt")
     train, _, val = split(names)
@@ -49,7 +39,7 @@ def main():
     print("| --- | --- | --- | --- | --- | --- | --- |")
     temperatures = 0.8, 1.0, 1.2
     ours = shares(generate(net, vocab, N), set(names), train) + [
-        loss(net, window, t) for t in temperatures
+        evaluate(net, window, [1 / t])[0] for t in temperatures
     ]
     theirs = shares([counts.draw() for _ in range(N)], set(names), train) + [
         counts.loss(val, t) for t in temperatures

@@ -25,7 +25,7 @@ def test_train_then_sample(tmp_path):
     assert "own.pth" in written and "own.png" in written
     assert "30 rows, 7 characters" in process.stderr
     assert (
-        "--dropout 0.3, which suits 96 training windows" in process.stderr
+        "--dropout 0.4, which suits 96 training windows" in process.stderr
         and "--steps" not in process.stderr
     )
     assert sorted(os.listdir(tmp_path)) == ["list.txt", "own.png", "own.pth"]
