@@ -287,12 +287,12 @@ def train(
     return progress["best"], curves
 
 
-def show(bar, progress, name=""):
+def show(bar, progress, name=None):
     """The last losses and a name, behind the bar; where there is no bar a line for each name."""
     last = {part: curve[-1][1] for part, curve in progress["curves"].items() if curve}
     losses = ", ".join(f"{part} {loss:.3f}" for part, loss in last.items())
-    bar.set_postfix_str(f"{losses} {name}", refresh=False)
-    if bar.disable and name:
+    bar.set_postfix_str(f"{losses} {name or ''}", refresh=False)
+    if bar.disable and name is not None:
         remark(f"step {progress['step']:,} of {bar.total:,}: {losses}, {name}")
 
 
@@ -615,10 +615,8 @@ def run(args, state, trained, out, picture, unfinished):
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
     if len(split_windows["val"]) > n_val:
         print(f"of long splits {n_val:,} windows validate, at most {MEASURED:,} are measured")
-    what = (
-        f"the averaged weights of step {best['step']:,}" if best["step"] else "what it began with"
-    )
-    print(f"kept: {what}, of least validation loss, logits times {best['scale']:.2f}")
+    kept = f"averaged weights of step {best['step']:,}" if best["step"] else "what it began with"
+    print(f"kept: {kept}, of least validation loss, logits times {best['scale']:.2f}")
     print("\n".join(sampling.generate(net, vocab, 10)))
     print(f"written: {out} and {picture}")
 
