@@ -51,7 +51,8 @@ def split(names):
 def recipe(n):
     """The flags that suit a list of n training windows, as measured in tests/RESULTS.md."""
     dropout = min(0.4, max(3000 / n, min(0.25, 5.7 / n**0.3)))
-    return {"dropout": round(dropout, 3), "steps": min(200_000, n * 13 // 10)}
+    steps = min(200_000, max(n * 13 // 10, min(n * 4, 15_000)))
+    return {"dropout": round(dropout, 3), "steps": steps}
 
 
 def seed_of(step, args):
