@@ -31,11 +31,11 @@ def canonical(name):
 def read_names(path, progress=lambda text: None):
     """The names of a UTF-8 text file, one a line, each as canonical(); blank lines do not count.
 
-    The path "-" is standard input. progress(text) is told how far it has come. Raises ValueError
-    when the file cannot be read or holds no list of names.
+    progress(text) is told how far it has come. Raises ValueError when the file cannot be read or
+    holds no list of names.
     """
     try:
-        with open(0 if path == "-" else path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read(LARGEST_LIST + 1)
     except OSError as error:
         what = f"cannot be read ({error.strerror}): give a text file with one name a line"

@@ -14,7 +14,7 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import islice
 from unicodedata import normalize
 
 import torch
@@ -180,19 +180,25 @@ def score(net, vocab, names):
 
     It is infinite for a name with a character that the model does not know.
     """
+    losses = torch.full((len(names),), math.inf, dtype=torch.float64)
     chars = set(vocab.chars[1:])
-    known = [name if chars.issuperset(name) else "" for name in names]
-    prefixes, sums = Prefixes(net, len(names)), torch.zeros(len(names), dtype=torch.float64)
-    rows = (vocab.encode(name + vocab.end) for name in known)
-    for codes in zip_longest(*rows, fillvalue=0):  # of a character of each name
-        given = torch.tensor(codes)[prefixes.alive]
+    known = [i for i, name in enumerate(names) if chars.issuperset(name)]
+    lengths = torch.tensor([len(names[i]) + 1 for i in known], dtype=torch.int64)
+    starts = lengths.cumsum(0) - lengths
+    text = "".join(names[i] + vocab.end for i in known)
+    codes = torch.tensor(vocab.encode(text), dtype=torch.int64)
+    prefixes = Prefixes(net, len(known))
+    sums, position = torch.zeros(len(known), dtype=torch.float64), 0
+    while len(prefixes.alive):
+        given = codes[starts[prefixes.alive] + position]
         log_probs = prefixes.logits.double().log_softmax(1)
         sums[prefixes.alive] -= log_probs[prefixes.ids, given]
         prefixes.extend(given)
+        position += 1
     if sums.isnan().any():
         raise ValueError(NOT_FINITE)
-    losses = [loss / (len(name) + 1) for loss, name in zip(sums.tolist(), names)]
-    return [loss if chars.issuperset(name) else math.inf for loss, name in zip(losses, names)]
+    losses[known] = sums / lengths
+    return losses.tolist()
 
 
 # What both command lines share
@@ -348,7 +354,8 @@ def run(args):
     net, vocab, made = load(args.model)
     batch = max(1, min(BATCH, 2**22 // len(vocab)))
     if args.score is not None:
-        print_scores(net, vocab, read_names(args.score), batch)
+        names = read_names("/dev/stdin" if args.score == "-" else args.score)
+        print_scores(net, vocab, names, batch)
         return
     known = None
     if args.new:

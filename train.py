@@ -502,8 +502,9 @@ def start(parser, argv, args):
         if any(theirs != argv for theirs in from_all(argv)):
             raise ValueError("the processes have different flags: start all with the same")
         state, args = from_all((state, args))[0]  # all take what process 0 has read
-        if os.path.realpath(args.data) in (out, picture, unfinished, lock):
-            raise ValueError(f"--out {args.out} would replace the list {args.data}")
+        data, begun = os.path.realpath(args.data), os.path.realpath(args.init_from or "")
+        if data == out or {data, begun} & {picture, unfinished, lock}:
+            raise ValueError(f"--out {args.out} would replace what it needs: choose another --out")
         try:
             run(args, state, trained, out, picture, unfinished)
         except KeyboardInterrupt:

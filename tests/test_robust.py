@@ -188,7 +188,7 @@ def test_a_learning_rate_that_overflows_replaces_nothing(folder):
     assert (folder / "own.pth").read_bytes() == b"an older network"
 
 
-def test_out_is_no_other_file_of_the_run_and_no_device(folder, refused):
+def test_out_is_no_other_file_of_the_run_and_no_device(folder, tiny, refused):
     """What is there is refused before anything is written, and stays as it is."""
     os.mkfifo(folder / "fifo.pth")
     (folder / "device.pth").symlink_to("/dev/null")
@@ -198,6 +198,7 @@ def test_out_is_no_other_file_of_the_run_and_no_device(folder, refused):
         shutil.copy(folder / "names.txt", folder / name)
     (folder / "loop.pth").symlink_to("loop.pth")
     (folder / "names.png").symlink_to("names.txt")
+    shutil.copy(tiny / "model.pth", folder / "begun.png")
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     outs = (
         "loop.pth",
@@ -222,6 +223,8 @@ def test_out_is_no_other_file_of_the_run_and_no_device(folder, refused):
     )
     for out in "/dev/null", "", "x" * 250 + ".pth":
         refused(train.main, ["--data", folder / "names.txt", *SMALL, "--out", out], "--out")
+    begun = ["--init-from", folder / "begun.png", "--out", folder / "begun.pth"]
+    refused(train.main, ["--data", folder / "names.txt", *SMALL[-4:], *begun], "--out")
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert (folder / "fifo.pth").is_fifo() and Path("/dev/null").is_char_device()
 
