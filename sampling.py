@@ -221,7 +221,7 @@ class Parser(argparse.ArgumentParser):
         This is no context manager, as a signal may come at any moment: also between the end of a
         `with` and the `except` that it has inside.
         """
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of libraries: users could do nothing about them
         # A stream that was closed before the start is one that nobody reads.
         sys.stdout = sys.stdout or nobody()
         sys.stderr = sys.stderr or nobody()
