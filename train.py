@@ -30,7 +30,8 @@ from model import Vocabulary, WaveNet, contexts_and_targets, out_of_memory, wind
 from sampling import number, remark
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
-MEASURED = 430_000  # of a split at the end: the loss of names has a standard error of 0.002 nats
+MEASURED = 430_000  # windows, at most, of a split at the end
+ERROR = 0.002  # nats: VALIDATED windows and more are enough once the loss has this standard error
 SCALES = [0.5 + 0.05 * i for i in range(17)]  # of the logits, from 0.5 to 1.3
 
 
@@ -133,15 +134,22 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=())
 
 @torch.no_grad()
 def evaluate(net, codes, scales=(1.0,)):
-    """Mean loss of all windows, nats a character, in eval mode, for each scale of the logits."""
-    vocab_size, device, total = len(net[0].weight), net.eval()[0].weight.device, 0.0
+    """Mean loss, nats a character, in eval mode, for each scale of the logits.
+
+    It is that of all windows, or of the first ones, when their mean has a standard error < ERROR.
+    """
+    vocab_size, device = len(net[0].weight), net.eval()[0].weight.device
+    total, squares, n = 0.0, 0.0, 0
     for part in codes.split(min(8192, max(1, 2**25 // vocab_size))):
         contexts, targets = contexts_and_targets(part)
         (tree,) = distinct_rows(contexts[None].to(device), vocab_size)
         logits, targets = layers.forward_distinct(net, tree), targets.to(device)
-        losses = [F.cross_entropy(scale * logits, targets, reduction="sum") for scale in scales]
-        total += torch.stack(losses).cpu().double()
-    return (total / len(codes)).tolist()
+        losses = [F.cross_entropy(scale * logits, targets, reduction="none") for scale in scales]
+        losses = torch.stack(losses).cpu().double()
+        total, squares, n = total + losses.sum(1), squares + losses.square().sum(1), n + len(part)
+        if n > VALIDATED and (squares / n - (total / n) ** 2).max() < n * ERROR**2:
+            break
+    return (total / n).tolist()
 
 
 def best_scale(net, codes, scales, scale):
@@ -616,7 +624,8 @@ def run(args, state, trained, out, picture, unfinished):
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats a character")
     if len(split_windows["val"]) > n_val:
-        print(f"of long splits {n_val:,} windows validate, at most {MEASURED:,} are measured")
+        what = f"of long splits {n_val:,} windows validate, at most {MEASURED:,} are measured"
+        print(f"{what}, fewer for a standard error < {ERROR}")
     kept = f"averaged weights of step {best['step']:,}" if best["step"] else "what it began with"
     print(f"kept: {kept}, of least validation loss, logits times {best['scale']:.2f}")
     print("\n".join(sampling.generate(net, vocab, 10)))
