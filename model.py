@@ -143,7 +143,7 @@ class WaveNet(nn.Sequential):
             linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would take away a bias
             # BatchNorm1d also takes away the scale of this weight; but the smaller a weight is, the
             # further a step of SGD turns it: arXiv:1706.05350. Kaiming's gain for tanh, 5/3, would
-            # keep the variance from level to level; with 0.5 training gets further in its steps.
+            # keep the variance from level to level; with 0.5 a long training gets further.
             linear.weight.data *= 0.5
             layers += [FlattenConsecutive(2), linear, BatchNorm1d(n_hidden), Tanh()]
             if dropout:
