@@ -82,15 +82,16 @@ class Vocabulary:
 
     def encode(self, text):
         """str -> list of int, also of the end token. Raises ValueError for an unknown character."""
-        if unknown := [char for char in text if char not in self.index]:
+        try:
+            return [self.index[char] for char in text]
+        except KeyError as error:
             known = repr(self.chars[1:60]) + " ..." * (len(self) > 60)
-            what = f"{unknown[0]!r} is not among the characters {known}"
+            what = f"{error.args[0]!r} is not among the characters {known}"
             # Small letters, or capitals, may be what was meant.
             forms = [[f for f in (c, c.lower(), c.upper()) if f in self.index] for c in text]
             if all(forms):
                 what += f": did you mean {''.join(form[0] for form in forms)!r}?"
-            raise ValueError(what)
-        return [self.index[char] for char in text]
+            raise ValueError(what) from None
 
     def decode(self, codes):
         """Sequence of int -> str."""

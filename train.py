@@ -27,7 +27,7 @@ import model
 import sampling
 from layers import BatchNorm1d, all_reduce, distinct_rows, parallel
 from model import Vocabulary, WaveNet, contexts_and_targets, out_of_memory, windows
-from sampling import number, remark
+from sampling import POSITIVE, SEED, THREADS, number, remark
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
 MEASURED = 430_000  # windows, at most, of a split at the end
@@ -405,12 +405,10 @@ def flags():
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=n, metavar="N", help="steps of SGD; left out: what suits the list")
     add("--dropout", type=dropout, metavar="P", help="share of channels; left out: what suits")
-    add("--lr", type=sampling.POSITIVE, default=0.1, help="learning rate; from half way a tenth")
+    add("--lr", type=POSITIVE, default=0.1, help="learning rate; from half way a tenth")
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows a step")
-    add(
-        "--seed", type=sampling.SEED, metavar="N", default=1, help="another number, another network"
-    )
-    add("--threads", type=sampling.THREADS, metavar="N", default=1, help="processor cores to use")
+    add("--seed", type=SEED, metavar="N", default=1, help="another number, another network")
+    add("--threads", type=THREADS, metavar="N", default=1, help="processor cores to use")
     add("--device", default="cpu", choices=devices, help="where to train; others are cuda, mps")
     add = parser.add_argument_group("network").add_argument
     add("--block-size", type=int, choices=powers, metavar="N", default=16, help="2, 4, 8 ... 1024")
@@ -428,11 +426,11 @@ STATE = "step averaged loss_sum curves best origin state_dict average names flag
 
 def settled(parser, argv, given, what):
     """`given` flags with those of argv after them. Raises ValueError where they contradict."""
-    before = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    args = parser.parse_args(before + argv)
+    flag_of = {name: "--" + name.replace("_", "-") for name in given}
+    args = parser.parse_args([f"{flag_of[name]}={given[name]}" for name in given] + argv)
     for name in OF_THE_RUN:
         if name in given and (new := getattr(args, name)) != given[name]:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of[name]
             raise ValueError(f"{flag} {new} contradicts {what}, which has {flag} {given[name]}")
     return args
 

@@ -38,9 +38,8 @@ def main():
     print("| | not in names.txt | distinct | length distance | val 0.8 | val 1.0 | val 1.2 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     temperatures = 0.8, 1.0, 1.2
-    ours = shares(generate(net, vocab, N), set(names), train) + [
-        evaluate(net, window, [1 / t])[0] for t in temperatures
-    ]
+    ours = shares(generate(net, vocab, N), set(names), train)
+    ours += evaluate(net, window, [1 / t for t in temperatures])
     theirs = shares([counts.draw() for _ in range(N)], set(names), train) + [
         counts.loss(val, t) for t in temperatures
     ]
