@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from tempfile import TemporaryDirectory
-from textwrap import shorten
 from unicodedata import normalize
 
 import torch
@@ -28,36 +27,26 @@ def canonical(name):
     return normalize("NFC", name).strip()
 
 
-def read_names(path, progress=lambda text: None):
+def read_names(path):
     """The names of a UTF-8 text file, one a line, each as canonical(); blank lines do not count.
 
-    progress(text) is told how far it has come. Raises ValueError when the file cannot be read or
-    holds no list of names.
+    Raises OSError when the file cannot be read, and ValueError when it holds no list of names.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(LARGEST_LIST + 1)
-    except OSError as error:
-        what = f"cannot be read ({error.strerror}): give a text file with one name a line"
-        raise ValueError(f"{path} {what}") from None
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
         raise ValueError(f"{path} {what}") from None
-    if len(text) > LARGEST_LIST:
-        raise ValueError(f"{path} holds more than {LARGEST_LIST:,} characters: give a part of it")
-    if len(text) > 2**24:
-        progress(f"{len(text):,} characters read")
     lines = text.split("\n")
-    if any(len(line) > LARGEST_LINE for line in lines):
-        what = f"holds a line of more than {LARGEST_LINE:,} characters: one name a line"
-        raise ValueError(f"{path} {what}")
+    if len(text) > LARGEST_LIST or max(map(len, lines)) > LARGEST_LINE:
+        what = f"{LARGEST_LIST:,} characters, or {LARGEST_LINE:,} in a line: give a part of it"
+        raise ValueError(f"{path} holds more than {what}")
     names = [name for line in lines if (name := canonical(line))]
     if not names:
         raise ValueError(f"{path} holds no names: give a text file with one name a line")
-    for name in names:
-        if char := CONTROL.search(name):
-            what = f"{shorten(repr(name[:60]), 60)} holds the control character {char[0]!r}"
-            raise ValueError(f"{path}: {what}: take it out")
+    if bad := next(filter(CONTROL.search, names), None):
+        raise ValueError(f"{path}: {bad[:60]!r} holds a control character: take it out")
     return names
 
 
@@ -70,9 +59,7 @@ class Vocabulary:
     """The characters of `texts`, with indices from 1 in sorted order; the end token has index 0."""
 
     def __init__(self, texts):
-        chars = set()
-        for text in texts:
-            chars.update(text)
+        chars = set().union(*texts)
         self.end = LINE_END if END in chars else END
         self.chars = self.end + "".join(sorted(chars))
         self.index = {char: i for i, char in enumerate(self.chars)}
@@ -98,7 +85,7 @@ class Vocabulary:
         return "".join(self.chars[code] for code in codes)
 
 
-def windows(names, vocab, block_size, progress=lambda text: None):
+def windows(names, vocab, block_size):
     """Names -> (N, block_size + 1) codes: each character and end of a name, after what precedes it.
 
     All names stand in one long row, of a byte or four a character, and each window is a view of it.
@@ -109,8 +96,6 @@ def windows(names, vocab, block_size, progress=lambda text: None):
     codes, end = torch.zeros(block_size + characters, dtype=dtype), block_size
     # str.translate is a hundred times as fast as a loop; in parts, it takes little memory.
     for i in range(0, len(names), 100_000):
-        if i and i % 1_000_000 == 0:
-            progress(f"{i:,} names encoded")
         text = vocab.end.join([*names[i : i + 100_000], ""]).translate(table)
         part = bytearray(text.encode(encoding, "surrogatepass"))
         codes[end : end + len(text)] = torch.frombuffer(part, dtype=dtype)
@@ -172,8 +157,7 @@ class WaveNet(nn.Sequential):
 def write(path, data):
     """Put bytes into the file at path, so that a crash leaves either the old or the whole new file.
 
-    A link stays a link, and a file keeps its permissions. Raises ValueError when it cannot be
-    written.
+    A link stays a link, and a file keeps its permissions.
     """
     path = os.path.realpath(path)
     try:
@@ -187,8 +171,7 @@ def write(path, data):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except OSError as error:
-        what = f"cannot be written ({error.strerror}): make room there, or choose another place"
-        raise ValueError(f"{path} {what}") from None
+        raise OSError(error.errno, error.strerror, path) from None  # its own names the other file
 
 
 def write_tensors(path, content):
@@ -202,19 +185,16 @@ def write_tensors(path, content):
 def read_tensors(path, keys, advice):
     """What write_tensors() wrote: a dict with these keys. Runs no code.
 
-    Raises ValueError, which ends with the advice, when the file at path cannot be read, is damaged,
-    or holds something else.
+    Raises ValueError, which ends with the advice, when there is no file, or it is damaged, or holds
+    something else.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path):
         raise ValueError(f"{path} is no file: {advice}")
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - 64))
-            whole = not file.read().strip(b"0123456789abcdef")  # else it may be too large to read
-            file.seek(0)
-            data = file.read() if whole else b""
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 64))
+        whole = not file.read().strip(b"0123456789abcdef")  # else it may be too large to read
+        file.seek(0)
+        data = file.read() if whole else b""
     if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
         raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
     content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -223,20 +203,11 @@ def read_tensors(path, keys, advice):
     return content
 
 
-def out_of_memory(error):
-    """Whether a MemoryError, or the RuntimeError that torch makes of it."""
-    memory_errors = MemoryError, torch.OutOfMemoryError
-    return isinstance(error, memory_errors) or "you tried to allocate" in str(error)
-
-
 CHECKPOINT = "config", "vocab", "made", "state_dict"
 
 
 def save(path, net, vocab, made):
-    """Write a checkpoint: the sizes, the vocabulary, how it was made (a flat dict), the state dict.
-
-    Raises ValueError when there is no room.
-    """
+    """Write a checkpoint: sizes, vocabulary, how it was made (a flat dict), and the state dict."""
     state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
     write_tensors(path, dict(zip(CHECKPOINT, (net.config, vocab.chars, made, state))))
 
@@ -244,7 +215,7 @@ def save(path, net, vocab, made):
 def load(path):
     """path -> (the network in eval mode, its vocabulary, how it was made). Runs no code.
 
-    Raises ValueError when the file cannot be read or is not a whole checkpoint.
+    Raises ValueError when there is no file, or it is no whole checkpoint.
     """
     checkpoint = read_tensors(path, CHECKPOINT, "train a network with train.py first")
     config, chars, made, state = (checkpoint[key] for key in CHECKPOINT)

@@ -14,13 +14,12 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
 from unicodedata import normalize
 
 import torch
 
 from layers import BatchNorm1d, Linear
-from model import canonical, digest, load, out_of_memory, read_names
+from model import canonical, digest, load, read_names
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NAMES, MODEL = (os.path.relpath(f"{HERE}/{name}") for name in ("names.txt", "model_state.pth"))
@@ -130,43 +129,25 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=LO
     return [name for name in vocab.decode(table.flatten().tolist()).split(vocab.end) if name]
 
 
-def condition(min_length=0, match="", known=None):
-    """-> a function of a name: has it min_length characters, and is the expression found in it?
+def draw(sample, n, batch=BATCH, min_length=1, pattern=re.compile(""), known=None):
+    """Yield n names that sample(size <= batch) draws: those long enough that hold the pattern.
 
-    With `known`, also: is it neither in there nor was it accepted before?
+    With `known`, only those that are not in there, each once. After PATIENCE draws in a row that
+    bring nothing it ends, and says so on stderr. There the count so far is shown after 2, 4, 8, ...
+    seconds.
     """
-    try:
-        pattern = re.compile(match)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"--match {match!r} is not a regular expression: {error}") from None
-    seen = set(known or ())
-
-    def wanted(name):
-        if len(name) < min_length or not pattern.search(name) or name in seen:
-            return False
-        if known is not None:
-            seen.add(name)
-        return True
-
-    return wanted
-
-
-def draw(sample, n, wanted, batch=BATCH):
-    """Yield n names that are wanted(name), of those that sample(size) draws, size <= batch.
-
-    After PATIENCE draws in a row of which none was wanted it ends, and says so on stderr. On a
-    terminal the count so far is shown there after 2, 4, 8, ... seconds.
-    """
-    begin, pause = time.monotonic(), PAUSE
+    begin, pause, seen = time.monotonic(), PAUSE, set(known or ())
     drawn = found = last = 0  # last: how many were drawn up to the last find
     while found < n and drawn - last < PATIENCE:
         # As many as should be needed, going by the share of those drawn that were wanted.
         size = min(batch, (n - found) * (drawn + 1) // (found + 1))
-        names = list(islice(filter(wanted, map(canonical, sample(size))), n - found))
         drawn += size
-        found += len(names)
-        last = drawn if names else last
-        yield from names
+        for name in map(canonical, sample(size)):
+            if found < n and len(name) >= min_length and name not in seen and pattern.search(name):
+                found, last = found + 1, drawn
+                if known is not None:
+                    seen.add(name)
+                yield name
         if time.monotonic() - begin > pause:
             remark(f"{found:,} of {n:,} names found among {drawn:,} drawn")
             pause *= 2
@@ -216,41 +197,31 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
     def guard(self, function):
-        """Call function(). What goes wrong there ends the program with one line, or quietly.
-
-        This is no context manager, as a signal may come at any moment: also between the end of a
-        `with` and the `except` that it has inside.
-        """
+        """Call function(). What goes wrong there ends the program with one line, or quietly."""
         warnings.simplefilter("ignore")  # of libraries: users could do nothing about them
         # A stream that was closed before the start is one that nobody reads.
-        sys.stdout = sys.stdout or nobody()
-        sys.stderr = sys.stderr or nobody()
+        sys.stdout, sys.stderr = sys.stdout or nobody(), sys.stderr or nobody()
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
         try:
             with on_signals(interrupt):
                 function()
                 sys.stdout.flush()
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, OSError) as error:
             with suppress(OSError):
                 sys.stdout.flush()
-            self.close_stdout()
-            sys.exit(128 + (*error.args, signal.SIGINT)[0])
-        except BrokenPipeError:  # the reader has enough
-            self.close_stdout()
-            sys.exit(141)
-        except OSError as error:  # of reading and writing files, model.py makes a ValueError
-            self.close_stdout()
-            self.error(f"standard output cannot be written ({error.strerror})")
+            sys.stdout = nobody()  # Python must not try to print what is left when it ends
+            if isinstance(error, KeyboardInterrupt):
+                sys.exit(128 + (*error.args, signal.SIGINT)[0])
+            if isinstance(error, BrokenPipeError):  # the reader has enough
+                sys.exit(141)
+            what = f"{error.filename or 'standard output'} cannot be read or written"
+            self.error(f"{what} ({error.strerror}): choose another, or make room")
         except ValueError as error:
             self.error(str(error))
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             self.error("there is not enough memory: close other programs, or take smaller sizes")
-
-    def close_stdout(self):
-        """Nothing more can be printed, nor must Python try when it ends."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def nobody():
@@ -347,15 +318,23 @@ def run(args):
     start = normalize("NFC", args.start).lstrip()
     if args.data is not None and not args.new:
         raise ValueError("--data is the list for --new: add --new")
-    if len(start) > args.max_length:
-        raise ValueError(f"--start {start!r} is longer than --max-length {args.max_length}")
-    if args.min_length > args.max_length:
-        raise ValueError(f"--min-length {args.min_length} is above --max-length {args.max_length}")
+    if max(len(start), args.min_length) > args.max_length:
+        raise ValueError(f"--start or --min-length is longer than --max-length {args.max_length}")
+    try:
+        pattern = re.compile(args.match)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"--match {args.match!r} is not a regular expression: {error}") from None
     net, vocab, made = load(args.model)
     batch = max(1, min(BATCH, 2**22 // len(vocab)))
     if args.score is not None:
-        names = read_names("/dev/stdin" if args.score == "-" else args.score)
-        print_scores(net, vocab, names, batch)
+        names, unknown = read_names("/dev/stdin" if args.score == "-" else args.score), 0
+        for i in range(0, len(names), batch):
+            part = names[i : i + batch]
+            losses = score(net, vocab, part)
+            print("\n".join(f"{loss:.4f}\t{name}" for loss, name in zip(losses, part)))
+            unknown += losses.count(math.inf)
+        if unknown:
+            remark(f"names with characters that the network does not know: {unknown:,}")
         return
     known = None
     if args.new:
@@ -363,7 +342,6 @@ def run(args):
         if args.data is None and digest(known) != made.get("names"):
             what = "was not trained on names.txt: give --new its list with --data LIST"
             raise ValueError(f"{args.model} {what}")
-    wanted = condition(args.min_length, args.match, known)
     torch.manual_seed(torch.seed() if args.seed is None else args.seed)
 
     def sample(size):
@@ -373,20 +351,8 @@ def run(args):
             raise ValueError(f"{args.model}: {what}")
         return names
 
-    for name in draw(sample, args.num_samples, wanted, batch):
+    for name in draw(sample, args.num_samples, batch, args.min_length, pattern, known):
         print(name)
-
-
-def print_scores(net, vocab, names, batch):
-    """For each name: its score, a tab, and the name."""
-    unknown = 0
-    for i in range(0, len(names), batch):
-        part = names[i : i + batch]
-        losses = score(net, vocab, part)
-        print("\n".join(f"{loss:.4f}\t{name}" for loss, name in zip(losses, part)))
-        unknown += losses.count(math.inf)
-    if unknown:
-        remark(f"names with characters that the network does not know: {unknown:,}")
 
 
 if __name__ == "__main__":

@@ -26,13 +26,12 @@ import layers
 import model
 import sampling
 from layers import BatchNorm1d, all_reduce, distinct_rows, parallel
-from model import Vocabulary, WaveNet, contexts_and_targets, out_of_memory, windows
+from model import Vocabulary, WaveNet, contexts_and_targets, windows
 from sampling import POSITIVE, SEED, THREADS, number, remark
 
 VALIDATED = 25_000  # windows, at most, that each validation measures
 MEASURED = 430_000  # windows, at most, of a split at the end
 ERROR = 0.002  # nats: VALIDATED windows and more are enough once the loss has this standard error
-SCALES = [0.5 + 0.05 * i for i in range(17)]  # of the logits, from 0.5 to 1.3
 
 
 # The data and the minibatches
@@ -56,17 +55,13 @@ def recipe(n):
     return {"dropout": round(dropout, 3), "steps": steps}
 
 
-def seed_of(step, args):
-    """What is drawn at a step depends on it and --seed alone: a resumed training draws it, too."""
-    return args.seed * 10**9 + step
-
-
 def minibatches(codes, vocab_size, start, args):
     """Yield the minibatches of the steps from `start` on, drawn at random: (tree, targets (B,))."""
     # A hundred small ones are drawn at once: the calls take about as long as those for one.
     chunk = max(1, min(100, 2**22 // (args.batch_size * args.block_size)))
     for first in range(start - start % chunk, args.steps, chunk):
-        generator = torch.Generator().manual_seed(seed_of(first, args))
+        # It depends on the step and --seed alone, so that a resumed training draws the same.
+        generator = torch.Generator().manual_seed(args.seed * 10**9 + first)
         drawn = own_part(torch.randint(len(codes), (chunk, args.batch_size), generator=generator))
         contexts, targets = contexts_and_targets(codes[drawn])
         # Dropout of what is far away: some contexts lose all but their last 2 to 8 characters. So
@@ -152,20 +147,17 @@ def evaluate(net, codes, scales=(1.0,)):
     return (total / n).tolist()
 
 
-def best_scale(net, codes, scales, scale):
-    """(loss, scale) of the scale of the logits with the least loss: arXiv:1706.04599.
+def best_scale(net, codes, scale, step):
+    """(loss, scale) of the scale of the logits with the least loss, to a `step`: arXiv:1706.04599.
 
     What it has learnt by heart makes a network too sure of what it has not seen. The loss is a
     convex function of the scale: so the way from `scale` to the best one is downhill.
     """
-    losses = {}
     while True:
-        i = scales.index(scale)
-        if near := [other for other in scales[max(0, i - 1) : i + 2] if other not in losses]:
-            losses |= zip(near, evaluate(net, codes, near))
-        best = min(losses, key=losses.get)
+        near = [min(max(0.45, round(scale + change, 2)), 1.35) for change in (0, -step, step)]
+        loss, best = min(zip(evaluate(net, codes, near), near), key=lambda pair: pair[0])
         if best == scale:
-            return losses[scale], scale
+            return loss, scale
         scale = best
 
 
@@ -206,8 +198,9 @@ def validate(average, train_windows, val_windows, progress):
     recompute_statistics(average, train_windows, batches=1)
     if rank():
         return
-    last = progress["best"].get("scale", 1.0)
-    loss, scale = best_scale(average, val_windows, SCALES, last)
+    loss, scale = best_scale(average, val_windows, progress["best"].get("scale", 1.0), 0.05)
+    if not math.isfinite(loss):
+        raise ValueError(f"the validation loss is {loss} at step {progress['step']}: lower --lr")
     progress["curves"]["val"].append((progress["step"], loss))
     if not progress["best"] or loss < progress["best"]["loss"]:
         best = {"step": progress["step"], "loss": loss, "scale": scale}
@@ -215,43 +208,32 @@ def validate(average, train_windows, val_windows, progress):
 
 
 @torch.no_grad()
-def train(
-    net,
-    train_windows,
-    val_windows,
-    args,
-    begun=False,
-    state=None,
-    keep=lambda state: None,
-    stopped=(),
-    sample=lambda net: "",
-):
+def train(net, vocab, train_windows, val_windows, args, keep, state=None, begun=False):
     """Plain SGD -> (best, curves): the averaged weights of least validation loss, and all losses.
 
-    Every args.checkpoint_every steps, after the last, and when `stopped` holds a signal,
+    Every args.checkpoint_every steps, after the last, and when a signal has stopped it,
     keep(state) is given all that is needed to go on from there, as `state`, to the very same bits;
-    after a signal KeyboardInterrupt follows. sample(net) makes a name to show. Where the network
-    has begun as a trained one, its weights decay to what they were then.
+    after a signal KeyboardInterrupt follows. Where the network has begun as a trained one, its
+    weights decay to what they were then.
     best is {"step", "loss", "scale": of the logits, "state_dict"}; curves are {"train": [(step,
-    smoothed loss)], "val": [(step, loss)]}. Raises FloatingPointError when the loss or a
-    weight is not finite any more.
+    smoothed loss)], "val": [(step, loss)]}. Raises ValueError when a loss or a weight is not finite
+    any more.
     """
     parameters, average = list(net.parameters()), copy.deepcopy(net)
-    progress = {"step": 0, "averaged": 0, "loss_sum": 0.0, "best": {}}
-    progress["curves"] = {"train": [], "val": []}
-    progress["origin"] = [weight.clone() for weight in parameters] if begun else []
+    progress = state or {"step": 0, "averaged": 0, "loss_sum": 0.0, "best": {}}
+    progress.setdefault("curves", {"train": [], "val": []})
+    progress.setdefault("origin", [weight.clone() for weight in parameters] if begun else [])
     if state:
-        progress = state
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
     # These tensors are views: whenever `progress` is saved, they are those of that step.
     progress |= {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
     origin = [weight.to(args.device) for weight in progress["origin"]]
-    start, curves = progress["step"], progress["curves"]
+    start, curves, signals = progress["step"], progress["curves"], []
     for layer in net:
         if isinstance(layer, BatchNorm1d):
             layer.track_running_stats = False  # validate() measures them when they are needed
-    batches = minibatches(train_windows, len(net[0].weight), start, args)
+    batches = minibatches(train_windows, len(vocab), start, args)
     every = max(1, args.steps // 200)
     weight_decay = 60 / max(12_000, args.steps)
     # To validate on a thousand windows takes the time of some ten steps: so at least fifty follow.
@@ -263,14 +245,14 @@ def train(
         validate(average, train_windows, val_windows, progress)
     if parallel() and not state and not rank():  # another process may end before the first save
         keep(progress)
-    with bar:
+    with bar, sampling.on_signals(signals.append):
         for step in range(start + 1, args.steps + 1):
-            torch.manual_seed(~seed_of(step - 1, args))  # of Dropout: not those that drew
+            torch.manual_seed(~(args.seed * 10**9 + step - 1))  # of Dropout: not those that drew
             lr = learning_rate(step - 1, args.steps, args.lr)
             batch = next(batches)
             loss = sgd_step(net, parameters, *batch, args.batch_size, lr, weight_decay, origin)
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step}")
+                raise ValueError(f"the loss is {loss} at step {step}: lower --lr")
             progress["step"] = step
             progress["loss_sum"] += loss
             validates = step % validate_every == 0 or step == args.steps
@@ -280,29 +262,30 @@ def train(
             if step % every == 0:
                 curves["train"].append((step, progress["loss_sum"] / every))
                 progress["loss_sum"] = 0.0
-                show(bar, progress)
             if validates:
                 validate(average, train_windows, val_windows, progress)
-                show(bar, progress, sample(average))
+                show(bar, progress, average, vocab)
             bar.update()
             # A signal to one of several processes stops them all.
-            stop = all_reduce(torch.tensor(len(stopped), device=args.device)).item()
+            stop = all_reduce(torch.tensor(len(signals), device=args.device)).item()
             if (stop or step % args.checkpoint_every == 0 or step == args.steps) and not rank():
                 if not all(weight.isfinite().all() for weight in parameters):
-                    raise FloatingPointError(f"weights are not finite at step {step}")
+                    raise ValueError(f"the weights are not finite at step {step}: lower --lr")
                 keep(progress)
             if stop:
-                raise KeyboardInterrupt(*stopped or [signal.SIGTERM])
+                raise KeyboardInterrupt(*signals or [signal.SIGTERM])
+    if signals:
+        raise KeyboardInterrupt(*signals)
     return progress["best"], curves
 
 
-def show(bar, progress, name=None):
-    """The last losses and a name, behind the bar; where there is no bar a line for each name."""
-    last = {part: curve[-1][1] for part, curve in progress["curves"].items() if curve}
-    losses = ", ".join(f"{part} {loss:.3f}" for part, loss in last.items())
-    bar.set_postfix_str(f"{losses} {name or ''}", refresh=False)
-    if bar.disable and name is not None:
-        remark(f"step {progress['step']:,} of {bar.total:,}: {losses}, {name}")
+def show(bar, progress, average, vocab):
+    """The last losses and a new name, behind the bar; where there is no bar, on a line."""
+    last = [f"{part} {curve[-1][1]:.3f}" for part, curve in progress["curves"].items() if curve]
+    last += sampling.generate(copy.deepcopy(average).cpu(), vocab, 1, max_length=30)
+    bar.set_postfix_str(", ".join(last), refresh=False)
+    if bar.disable:
+        remark(f"step {progress['step']:,} of {bar.total:,}: {', '.join(last)}")
 
 
 @torch.no_grad()
@@ -312,23 +295,10 @@ def finished(sizes, best, train_windows, val_windows):
     # By position: without Dropout the layers have other numbers, and so other names.
     net.load_state_dict(dict(zip(net.state_dict(), best["state_dict"].values(), strict=True)))
     recompute_statistics(net, train_windows, batches=16)
-    scales = [best["scale"] + percent / 100 for percent in range(-5, 6)]
-    _, scale = best_scale(net, val_windows, scales, best["scale"])
+    _, scale = best_scale(net, val_windows, best["scale"], 0.01)
     net[-1].weight.mul_(scale)
     net[-1].bias.mul_(scale)
     return net.eval()
-
-
-def final_losses(net, split_windows):
-    """{split: loss of the finished network}. Raises FloatingPointError where one is not finite."""
-    losses = {}
-    for part, some in split_windows.items():
-        # In a list of distinct names all that validates is unseen.
-        again = part == "unseen" and len(some) == len(split_windows["val"])
-        losses[part] = losses["val"] if again else evaluate(net, some[:MEASURED])[0]
-    if not all(map(math.isfinite, losses.values())):
-        raise FloatingPointError("the losses of the finished network are not finite")
-    return losses
 
 
 def plot(path, curves, losses):
@@ -377,11 +347,9 @@ def process_group(device):
     try:
         yield
     except RuntimeError as error:
-        if out_of_memory(error):
-            raise
         sys.stderr = sys.__stderr__
-        what = "another process of this training has ended: go on with --resume, if a state is left"
-        raise ValueError(f"{what} ({shorten(str(error), 150)})") from None
+        what = f"this or another process of this training has ended ({shorten(str(error), 150)})"
+        raise ValueError(f"{what}: go on with --resume, if a state is left") from None
     finally:
         if parallel():
             distributed.destroy_process_group()
@@ -393,14 +361,15 @@ def process_group(device):
 def flags():
     """The parser of the command line."""
     parser = sampling.Parser(description=__doc__)
-    n, size, dropout = number(int, 1, 10**12), number(int, 1, 10**5), number(float, 0, 0.99)
+    n, size, dropout = number(int, 1, 10**12), number(int, 1, 4096), number(float, 0, 0.99)
     batch_size, powers = number(int, 2, 10**6), [2**i for i in range(1, 11)]
     devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
-    add = parser.add_argument_group("files").add_argument
+    files = parser.add_argument_group("files")
+    add, either = files.add_argument, files.add_mutually_exclusive_group().add_argument
     add("--data", metavar="LIST", default=sampling.NAMES, help="a text file, one name a line")
     add("--out", metavar="FILE", default=sampling.MODEL, help="the network; a picture goes beside")
-    add("--init-from", metavar="FILE", help="a network to begin with, in place of a new one")
-    add("--resume", action="store_true", help="go on with a training that was interrupted")
+    either("--init-from", metavar="FILE", help="a network to begin with, in place of a new one")
+    either("--resume", action="store_true", help="go on with a training that was interrupted")
     add("--checkpoint-every", type=n, metavar="N", default=3000, help="steps between saved states")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=n, metavar="N", help="steps of SGD; left out: what suits the list")
@@ -425,54 +394,44 @@ STATE = "step averaged loss_sum curves best origin state_dict average names flag
 
 
 def settled(parser, argv, given, what):
-    """`given` flags with those of argv after them. Raises ValueError where they contradict."""
+    """The `given` flags, with those of argv. Raises ValueError where they contradict."""
     flag_of = {name: "--" + name.replace("_", "-") for name in given}
     args = parser.parse_args([f"{flag_of[name]}={given[name]}" for name in given] + argv)
-    for name in OF_THE_RUN:
-        if name in given and (new := getattr(args, name)) != given[name]:
-            flag = flag_of[name]
+    for name, flag in flag_of.items():
+        if name in OF_THE_RUN and (new := getattr(args, name)) != given[name]:
             raise ValueError(f"{flag} {new} contradicts {what}, which has {flag} {given[name]}")
     return args
 
 
 def files_of(out):
-    """The files of a training beside the network, `out`: its picture, unfinished state, and lock.
+    """-> the network's file, its picture, its unfinished state, and the lock of all.
 
-    Raises ValueError when one of them is no file, or could be another one that the user needs.
+    Raises ValueError when they are no files of their own.
     """
-    if not out.endswith(".pth"):
-        raise ValueError(f"--out {out} could be a file of another kind: give a name like own.pth")
-    names = f"{out.removesuffix('.pth')}.png", f"{out}.unfinished", f"{out}.unfinished.lock"
-    files = [os.path.realpath(name) for name in names]
-    for path in out, *files:
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise ValueError(f"{path} is a folder or a device: choose another --out")
-    if len({out, *files}) < 4:
-        raise ValueError(f"--out {out} and its {', '.join(names)} are not files of their own")
-    if not os.path.isdir(os.path.dirname(out)):
-        raise ValueError(f"{out} cannot be written (no such folder): choose another --out")
-    if os.path.exists(files[-1]) and os.path.getsize(files[-1]):
-        raise ValueError(f"{files[-1]} is another program's: choose another --out")
+    path = os.path.realpath(out)  # a link stays a link
+    names = f"{path.removesuffix('.pth')}.png", f"{path}.unfinished", f"{path}.unfinished.lock"
+    files = [path, *map(os.path.realpath, names)]
+    taken = any(os.path.lexists(file) and not os.path.isfile(file) for file in files)
+    if not path.endswith(".pth") or taken or len(set(files)) < 4:
+        what = "a name like own.pth, beside which own.png and own.pth.unfinished are free"
+        raise ValueError(f"--out {out} cannot be used: give {what}")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise ValueError(f"--out {out} is in no folder: make the folder first")
     return files
 
 
 @contextmanager
 def locked(path):
     """Nobody else is inside for the same path."""
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    os.remove(path)
     except Timeout:
         raise ValueError(f"another training holds {path}: choose another --out") from None
-    except OSError as error:
-        what = f"cannot be written ({error.strerror or error}): choose another --out"
-        raise ValueError(f"{path} {what}") from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.remove(path)
-        lock.release()
 
 
 def main(argv=None):
@@ -489,10 +448,8 @@ def main(argv=None):
 
 def start(parser, argv, args):
     """Begin or go on with the training of these flags, the only one that writes to its files."""
-    if args.resume and args.init_from is not None:
-        raise ValueError("--resume goes on with what it began with: leave out --init-from")
-    out, state, trained = os.path.realpath(args.out), None, None  # a link stays a link
-    picture, unfinished, lock = files_of(out)
+    state = trained = None
+    out, picture, unfinished, lock = files_of(args.out)
     with locked(lock) if not rank() else nullcontext():
         if args.resume:
             if not rank():
@@ -517,19 +474,17 @@ def start(parser, argv, args):
             if os.path.exists(unfinished):
                 remark(f"stopped; to go on: python train.py --out {shlex.quote(out)} --resume")
             raise
-        except FloatingPointError as error:
-            hint = f"--lr {args.lr} is too high"
-            if os.path.exists(unfinished):
-                hint += f"; the last good state is in {unfinished}"
-            raise ValueError(f"{error}: {hint}") from None
 
 
 def read_list(args, state):
     """The list of names -> its digest, its rows, its vocabulary, {split: windows}."""
-    names = model.read_names(args.data, progress=remark)
+    long = os.path.isfile(args.data) and os.path.getsize(args.data) > 2**24
+    if long:
+        remark(f"{args.data} is read")
+    names = model.read_names(args.data)
     rows, digest = len(names), model.digest(names)
-    if rows > 10**6:
-        remark(f"{rows:,} names; now they are shuffled, split and encoded")
+    if long:
+        remark(f"{rows:,} names are shuffled and encoded")
     if any(theirs != digest for theirs in from_all(digest)):
         raise ValueError(f"the processes see different names in {args.data}: give all the same")
     if state and digest != state["names"]:
@@ -539,32 +494,8 @@ def read_list(args, state):
     known = set(parts["val"]).intersection(name for name in parts["train"])
     if unseen := [name for name in parts["val"] if name not in known]:
         parts["unseen"] = unseen
-    split_windows = {}
-    for part, some in parts.items():
-        split_windows[part] = windows(some, vocab, args.block_size, progress=remark)
+    split_windows = {part: windows(some, vocab, args.block_size) for part, some in parts.items()}
     return digest, rows, vocab, split_windows
-
-
-def new_network(args, vocab, trained):
-    """The network before its first step. Raises ValueError when the memory is too small."""
-    sizes = len(vocab), args.block_size, args.n_embd, args.n_hidden
-    with torch.device("meta"):  # takes no memory
-        sketch = WaveNet(*sizes)
-    # Four bytes for each weight, its gradient, its mean, and two copies when they are saved.
-    needed, memory = 20 * sum(weight.numel() for weight in sketch.parameters()), math.inf
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ValueError(f"it would need {needed / 1e9:,.0f} GB of memory: lower --n-hidden")
-    torch.manual_seed(args.seed)
-    net = WaveNet(*sizes, dropout=args.dropout)
-    if trained:
-        model.transfer(net, vocab, *trained[:2])
-    net.to(args.device)
-    if parallel():
-        for tensor in net.state_dict().values():
-            distributed.broadcast(tensor, 0)
-    return net
 
 
 def run(args, state, trained, out, picture, unfinished):
@@ -578,7 +509,11 @@ def run(args, state, trained, out, picture, unfinished):
     suits = recipe(len(data[0]))
     chosen = {name: suits[name] for name in suits if getattr(args, name) is None}
     vars(args).update(chosen, data=os.path.abspath(args.data))
-    net = new_network(args, vocab, trained)
+    torch.manual_seed(args.seed)
+    net = WaveNet(len(vocab), args.block_size, args.n_embd, args.n_hidden, args.dropout)
+    if trained:
+        model.transfer(net, vocab, *trained[:2])
+    net.to(args.device)
     counts = ", ".join(f"{part} {len(some):,}" for part, some in split_windows.items())
     parameters = sum(parameter.numel() for parameter in net.parameters())
     what = f"{rows:,} rows, {len(vocab) - 1} characters; windows: {counts}"
@@ -587,28 +522,22 @@ def run(args, state, trained, out, picture, unfinished):
         remark(f"--{name} {value}, which suits {len(data[0]):,} training windows")
     of_the_list = {"names": digest, "flags": {name: getattr(args, name) for name in REMEMBERED}}
 
-    def keep(state):
-        model.write_tensors(unfinished, state | of_the_list)
+    def keep(progress):
+        model.write_tensors(unfinished, progress | of_the_list)
 
-    def sample(net):
-        if rank():
-            return ""
-        try:
-            return " ".join(sampling.generate(copy.deepcopy(net).cpu(), vocab, 1, max_length=30))
-        except ValueError:  # weights that overflow are noticed elsewhere
-            return ""
-
-    signals = []
-    with sampling.on_signals(signals.append):
-        best, curves = train(net, *data, args, bool(trained), state, keep, signals, sample)
+    best, curves = train(net, vocab, *data, args, keep, state, begun=bool(trained))
     if rank():
         return
     if parallel():
         distributed.destroy_process_group()  # from here on this process works alone
-    if signals:
-        sampling.interrupt(signals[0])
     net = finished(net.config, best, *data)
-    losses = final_losses(net, split_windows)
+    losses = {}
+    for part, some in split_windows.items():
+        # In a list of distinct names all that validates is unseen.
+        again = part == "unseen" and len(some) == len(split_windows["val"])
+        losses[part] = losses["val"] if again else evaluate(net, some[:MEASURED])[0]
+    if not all(map(math.isfinite, losses.values())):
+        raise ValueError(f"the finished network has the losses {losses}: lower --lr")
     made = {name: getattr(args, name) for name in OF_THE_RUN}
     made |= {"names": digest, "rows": rows, "kept": best["step"], "losses": losses}
     model.save(out, net, vocab, made | {"torch": str(torch.__version__)})

@@ -75,7 +75,7 @@ def test_begun_from_a_network(tiny, tmp_path, refused):
     assert process.returncode == 0, process.stderr
     assert load(out)[2]["kept"] == 0
     refused(main, [*args, "--out", tmp_path / "other.pth", "--n-hidden", 9], "--n-hidden 9")
-    refused(main, ["--init-from", tmp_path / "none.pth", "--out", out], "none.pth cannot be read")
+    refused(main, ["--init-from", tmp_path / "none.pth", "--out", out], "none.pth is no file")
 
 
 @pytest.mark.parametrize(

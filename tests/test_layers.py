@@ -223,20 +223,3 @@ def test_dropout(p, batch, seed):
         torch.testing.assert_close(layer.backward(g), g * kept / (1 - p))
         assert not torch.equal(layer(x), y)
     assert layer.eval()(x) is x
-
-
-def test_repr_says_what_it_is():
-    stack = nn.Sequential(
-        layers.Embedding(27, 10),
-        layers.FlattenConsecutive(2),
-        layers.Linear(20, 5, bias=False),
-        layers.BatchNorm1d(5),
-        layers.Tanh(),
-    )
-    assert [repr(layer) for layer in stack] == [
-        "Embedding(27, 10)",
-        "FlattenConsecutive(2)",
-        "Linear(in_features=20, out_features=5, bias=False)",
-        "BatchNorm1d(5, eps=1e-05, momentum=0.1)",
-        "Tanh()",
-    ]

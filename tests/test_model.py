@@ -277,7 +277,7 @@ def test_truncated_checkpoint_is_refused(tiny, tmp_path):
 
 
 def test_missing_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none.pth cannot be read"):
+    with pytest.raises(ValueError, match="none.pth is no file"):
         load(tmp_path / "none.pth")
 
 
@@ -293,19 +293,10 @@ def test_names_are_read_whatever_the_line_ends(tmp_path):
         path.write_bytes(data)
         assert read_names(path) == ["ada", "bea"]
     path.write_text("ada\na" + "\u0301\u0323" * 20_000)
-    with pytest.raises(ValueError, match="line of more than"):
+    with pytest.raises(ValueError, match="in a line"):
         read_names(path)
     path.write_text("jean luc\nz\u0307o\u0301łc\u0301\n名\n", encoding="utf-8")
     assert read_names(path) == ["jean luc", "żółć", "名"]
-
-
-def test_how_far_a_long_list_is_read_is_told(tmp_path):
-    told = []
-    (tmp_path / "list.txt").write_text("ada\n" * 2**22 + "bea")
-    names = read_names(tmp_path / "list.txt", told.append)
-    assert told == [f"{2**24 + 3:,} characters read"]
-    assert windows(names, Vocabulary(["abde"]), 4, told.append).shape == (2**24 + 4, 5)
-    assert told[1:] == [f"{i},000,000 names encoded" for i in (1, 2, 3, 4)]
 
 
 def test_the_readmes_example(monkeypatch, capsys):

@@ -189,7 +189,7 @@ def test_when_one_is_killed_the_others_say_so_and_can_go_on(
 def test_processes_that_see_different_things_are_refused(folder):
     def other_list(rank):
         if rank:
-            model.read_names = lambda path, progress: read_names(path)[1:]
+            model.read_names = lambda path: read_names(path)[1:]
 
     args = ["--data", folder / "names.txt", "--out", folder / "refused.pth", *SHORT]
     first, _ = in_processes(2, *args, before=other_list)

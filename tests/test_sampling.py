@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 import sampling
 import train
 from model import Vocabulary, WaveNet, save
-from sampling import LONGEST, PATIENCE, Prefixes, condition, draw, generate, main, score
+from sampling import LONGEST, PATIENCE, Prefixes, draw, generate, main, score
 
 
 def random_net(seed, vocab_size, block_size, n_embd, n_hidden):
@@ -139,7 +139,7 @@ def test_what_is_asked_for_has_the_models_conditional_probabilities(
         return generate(net, vocab, size, start, max_length=max_length)
 
     torch.manual_seed(3)
-    names = list(draw(sample, 5000, condition(min_length, match)))
+    names = list(draw(sample, 5000, min_length=min_length, pattern=re.compile(match)))
     assert len(names) == 5000 and fits(names, expected)
 
 
@@ -220,16 +220,16 @@ def test_draw_yields_what_is_wanted_and_no_more(capsys):
         sizes.append(size)
         return list(itertools.islice(draws, size))
 
-    assert list(draw(sample, 5, lambda name: True, 3)) == ["ada", "bea", "bo", "ada", "bea"]
+    assert list(draw(sample, 5, 3)) == ["ada", "bea", "bo", "ada", "bea"]
     assert sizes == [3, 2]
-    assert list(draw(sample, 3, lambda name: name[0] == "b", 4)) == ["bo", "bea", "bo"]
+    assert list(draw(sample, 3, 4, pattern=re.compile("^b"))) == ["bo", "bea", "bo"]
     assert capsys.readouterr() == ("", "")
 
 
 def test_draw_ends_when_nothing_is_found(capsys):
     names = ["ada", "bea", "bo"]
-    wanted = condition(3, known=["ada"])
-    assert list(draw(lambda size: (names * size)[:size], 20, wanted)) == ["bea"]
+    found = draw(lambda size: (names * size)[:size], 20, min_length=3, known=["ada"])
+    assert list(found) == ["bea"]
     out, err = capsys.readouterr()
     (drawn,) = re.fullmatch(r"only 1 of 20 names found among ([0-9,]+) drawn\n", err).groups()
     assert out == "" and PATIENCE <= int(drawn.replace(",", "")) < PATIENCE + 2 * sampling.BATCH
@@ -239,16 +239,9 @@ def test_draw_counts_when_it_takes_long(monkeypatch, capsys):
     """A second passes at each look at the clock."""
     monkeypatch.setattr(sampling, "PAUSE", 2)
     monkeypatch.setattr(sampling.time, "monotonic", itertools.count().__next__)
-    assert len(list(draw(lambda size: ["ada"] * size, 600, lambda name: True, 100))) == 600
+    assert len(list(draw(lambda size: ["ada"] * size, 600, 100))) == 600
     counts = "".join(f"{n} of 600 names found among {n} drawn\n" for n in (300, 500))
     assert capsys.readouterr().err == counts
-
-
-def test_condition():
-    wanted = condition(2, "a$")
-    assert [name for name in ["a", "ba", "ab", "ba"] if wanted(name)] == ["ba", "ba"]
-    wanted = condition(known=["ada"])
-    assert [name for name in ["ada", "bo", "bo", "c"] if wanted(name)] == ["bo", "c"]
 
 
 def test_scores_are_losses_of_the_plain_forward_pass():

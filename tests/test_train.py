@@ -16,6 +16,7 @@ from scipy.stats import chisquare
 from test_model import twin
 from torch.nn import functional as F
 
+import sampling
 import train
 from layers import distinct_rows
 from model import Vocabulary, WaveNet, contexts_and_targets, load, read_names, windows
@@ -172,7 +173,7 @@ def trained(args, names=NAMES):
     window = windows(names, vocab, args.block_size)
     torch.manual_seed(args.seed)
     net = WaveNet(len(vocab), args.block_size, 8, 32, args.dropout)
-    best, curves = train.train(net, window, window, args)
+    best, curves = train.train(net, vocab, window, window, args, id)
     config = {name: net.config[name] for name in net.config}
     return train.finished(config, best, window, window), vocab, (best, curves)
 
@@ -184,17 +185,15 @@ def test_the_same_seed_gives_the_same_bits():
         assert torch.equal(tensor, two[0].state_dict()[name])
 
 
-def test_a_name_shown_on_the_way_changes_no_weight():
+def test_a_name_shown_on_the_way_changes_no_weight(monkeypatch):
     """However many random numbers it takes."""
     vocab, nets = Vocabulary(NAMES), []
     window = windows(NAMES, vocab, 4)
-    for sample in (
-        lambda net: "",
-        lambda net: str(torch.rand(7)) + " ".join(generate(net, vocab, 3)),
-    ):
+    for shown in (lambda *args, **kwargs: []), (lambda *args, **kwargs: [str(torch.rand(7))]):
+        monkeypatch.setattr(sampling, "generate", shown)
         torch.manual_seed(1)
         net = WaveNet(len(vocab), 4, 8, 32, 0.2)
-        train.train(net, window, window, small(dropout=0.2), sample=sample)
+        train.train(net, vocab, window, window, small(dropout=0.2), id)
         nets.append(net)
     torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
 
@@ -288,7 +287,7 @@ def test_average_is_a_mean_with_polynomial_weights(monkeypatch):
     net = WaveNet(len(vocab), 4, 8, 32)
     losses = iter(range(100, 0, -1))
     monkeypatch.setattr(train, "best_scale", lambda *args: (float(next(losses)), 1.0))
-    best, curves = train.train(net, window, windows(NAMES * 43, vocab, 4), args)
+    best, curves = train.train(net, vocab, window, windows(NAMES * 43, vocab, 4), args, id)
     assert len(seen) == 300 and best["step"] == 300
     n = 30
     weights = torch.tensor(
@@ -308,7 +307,7 @@ def test_the_step_of_least_validation_loss_is_kept(monkeypatch):
     losses = iter([3.0, 2.0, 1.0, 1.5, 1.0, 2.0, 4.0])
     validated = []
 
-    def best_scale(net, window, scales, scale):
+    def best_scale(net, window, scale, step):
         validated.append({name: tensor.clone() for name, tensor in net.state_dict().items()})
         return next(losses), 0.9
 
@@ -316,7 +315,9 @@ def test_the_step_of_least_validation_loss_is_kept(monkeypatch):
     vocab = Vocabulary(NAMES)
     window = windows(NAMES, vocab, 4)
     net = WaveNet(len(vocab), 4, 8, 32)
-    best, curves = train.train(net, window, windows(NAMES * 43, vocab, 4), small(steps=420))
+    best, curves = train.train(
+        net, vocab, window, windows(NAMES * 43, vocab, 4), small(steps=420), id
+    )
     assert curves["val"] == list(
         zip([60, 120, 180, 240, 300, 360, 420], [3.0, 2.0, 1.0, 1.5, 1.0, 2.0, 4.0])
     )
@@ -342,7 +343,7 @@ def test_statistics_are_those_of_the_training_windows(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "too_sure, found", [(1.1, 1 / 1.1), (0.9, 1 / 0.9), (1.5, 1 / 1.5), (9.0, 0.5), (0.1, 1.3)]
+    "too_sure, found", [(1.1, 1 / 1.1), (0.9, 1 / 0.9), (1.5, 1 / 1.5), (9.0, 0.45), (0.1, 1.35)]
 )
 def test_scale_takes_back_what_is_too_sure(too_sure, found):
     """On names that the network drew itself, its own logits are the best ones."""
@@ -355,26 +356,25 @@ def test_scale_takes_back_what_is_too_sure(too_sure, found):
         logits = net(contexts)
     expected = minimize_scalar(
         lambda scale: F.cross_entropy(scale * logits, targets).item(),
-        bounds=(0.5, 1.3),
+        bounds=(0.45, 1.35),
         method="bounded",
     )
-    loss, scale = train.best_scale(net, window, train.SCALES, 1.0)
-    losses = train.evaluate(net, window, train.SCALES)
-    assert (loss, scale) == min(zip(losses, train.SCALES))
+    loss, scale = train.best_scale(net, window, 1.0, 0.05)
+    scales = [percent / 100 for percent in range(45, 136, 5)]
+    assert (loss, scale) == min(zip(train.evaluate(net, window, scales), scales))
     assert scale == pytest.approx(expected.x, abs=0.026) == pytest.approx(found, abs=0.06)
     assert loss == pytest.approx(F.cross_entropy(scale * logits, targets).item(), abs=1e-5)
-    scales = [scale + percent / 100 for percent in range(-5, 6)]
-    loss, scale = train.best_scale(net, window, scales, scales[5])
+    loss, scale = train.best_scale(net, window, scale, 0.01)
     assert scale == pytest.approx(
         minimize_scalar(lambda scale: F.cross_entropy(scale * logits, targets).item()).x, abs=0.006
-    ) or found in (0.5, 1.3)
+    ) or found in (0.45, 1.35)
 
 
 def test_finished_network_is_the_best_one_scaled(monkeypatch):
     vocab = Vocabulary(NAMES)
     window = windows(NAMES, vocab, 4)
     net = WaveNet(len(vocab), 4, 8, 32, 0.1)
-    best, _ = train.train(net, window, window, small(steps=300, dropout=0.1))
+    best, _ = train.train(net, vocab, window, window, small(steps=300, dropout=0.1), id)
     kept = train.finished(net.config, best, window, window)
     assert not kept.training and "Dropout" not in repr(kept)
     loss, scale = (
