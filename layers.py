@@ -29,44 +29,6 @@ def index_select_backward(g, index, n):
     return g.new_zeros(n, g.shape[1]).index_add_(0, index, g)
 
 
-def parallel():
-    """Whether this is one of several processes that train together."""
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def all_gather(tensor):
-    """The tensors (N, ...) of the N processes that train together."""
-    tensors = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(tensors, tensor)
-    return torch.stack(tensors)
-
-
-def all_reduce(tensor):
-    """Sum a small tensor over the processes that train together, in place."""
-    return tensor.copy_(all_gather(tensor).sum(0)) if parallel() else tensor
-
-
-def begin_all_reduce(tensors):
-    """Begin to sum large tensors over the processes, in place -> what to wait for."""
-    return [distributed.all_reduce(tensor, async_op=True) for tensor in tensors if parallel()]
-
-
-def moments(x, weights):
-    """Weighted mean and variance (C,) of the rows x (R, C) of all processes, and x - mean."""
-    mean = weights @ x
-    if not parallel():
-        centred = x - mean
-        return mean, weights @ centred.square(), centred
-    # Each tells the others the weight, mean and variance of its own rows: a single exchange, as in
-    # SyncBatchNorm, takes less time than two sums.
-    weight = weights.sum()
-    mean /= weight
-    own = torch.stack((weight.expand_as(mean), mean, weights @ (x - mean).square()))
-    weight, means, parts = all_gather(own).unbind(1)
-    mean = (weight * means).sum(0)
-    return mean, (parts + weight * (means - mean).square()).sum(0), x - mean
-
-
 class Embedding(nn.Module):
     """One learnt vector for each index: (...) int64 -> (..., embedding_dim).
 
@@ -173,7 +135,12 @@ class BatchNorm1d(nn.Module):
             weights = x.new_full((len(x),), 1 / n)
         if n < 2:
             raise ValueError("one value a channel has no variance: train on at least two")
-        mean, var, centred = moments(x, weights)
+        if parallel():
+            mean, var, centred = moments_over_processes(x, weights)
+        else:
+            mean = weights @ x
+            centred = x - mean
+            var = weights @ centred.square()
         rstd = (var + self.eps).rsqrt()
         x_hat = centred * rstd
         save_for_backward(self, x_hat, rstd, weights)
@@ -241,6 +208,9 @@ class Dropout(nn.Module):
     def backward(self, g):
         (mask,) = self.saved
         return g * mask
+
+
+# The distinct rows of a minibatch
 
 
 class Level(NamedTuple):
@@ -324,3 +294,42 @@ def backward_distinct(net, tree, g):
     embedding.weight.grad = g
     for work in sums + begin_all_reduce([*grads, g]):
         work.wait()
+
+
+# Several processes
+
+
+def parallel():
+    """Whether this is one of several processes that train together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def all_gather(tensor):
+    """The tensors (N, ...) of the N processes that train together."""
+    tensors = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(tensors, tensor)
+    return torch.stack(tensors)
+
+
+def all_reduce(tensor):
+    """Sum a small tensor over the processes, in place. That of a single process stays as it is."""
+    return tensor.copy_(all_gather(tensor).sum(0)) if parallel() else tensor
+
+
+def begin_all_reduce(tensors):
+    """Begin to sum large tensors over the processes, in place -> what to wait for."""
+    return [distributed.all_reduce(tensor, async_op=True) for tensor in tensors if parallel()]
+
+
+def moments_over_processes(x, weights):
+    """Weighted mean and variance (C,) of the rows x (R, C) of all processes, and x - mean.
+
+    Each tells the others the weight, mean and variance of its own rows: as in SyncBatchNorm, one
+    exchange takes less time than two sums, each of which waits for the slowest process.
+    """
+    weight = weights.sum()
+    mean = weights @ x / weight
+    own = torch.stack((weight.expand_as(mean), mean, weights @ (x - mean).square()))
+    weight, means, parts = all_gather(own).unbind(1)
+    mean = (weight * means).sum(0)
+    return mean, (parts + weight * (means - mean).square()).sum(0), x - mean
