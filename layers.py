@@ -66,7 +66,7 @@ class FlattenConsecutive(nn.Module):
         save_for_backward(self, B, T, C)
         if T == 0 or T % self.n:
             raise ValueError(f"{T} positions cannot be joined in groups of {self.n}")
-        return x.reshape(B, C * T) if T == self.n else x.reshape(B, T // self.n, C * self.n)
+        return x.reshape(B, T // self.n, C * self.n).squeeze(1)
 
     def backward(self, g):
         return g.view(self.saved)
@@ -131,8 +131,7 @@ class BatchNorm1d(nn.Module):
             scale, shift = self.scale_and_shift()
             return torch.addcmul(shift, x, scale)
         if weights is None:
-            n = all_reduce(torch.tensor(len(x), device=x.device)).item()
-            weights = x.new_full((len(x),), 1 / n)
+            n, weights = len(x), x.new_full((len(x),), 1 / len(x))
         if n < 2:
             raise ValueError("one value a channel has no variance: train on at least two")
         if parallel():
@@ -146,9 +145,8 @@ class BatchNorm1d(nn.Module):
         save_for_backward(self, x_hat, rstd, weights)
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
-            momentum = self.momentum
-            if momentum is None:
-                momentum = 1 / self.num_batches_tracked.item()
+            n_batches = self.num_batches_tracked.item()
+            momentum = 1 / n_batches if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean.detach(), momentum)
             # The biased variance normalises; the unbiased one is the estimate for data not yet
             # seen.
@@ -283,8 +281,8 @@ def backward_distinct(net, tree, g):
     coming, grads, sums = reversed(levels), [], []
     for layer in reversed(layers):
         if isinstance(layer, Linear):
-            # While this one works, those of the one above are summed. Had they begun before, the
-            # small sums of BatchNorm1d would have had to wait for them.
+            # While this Linear computes, the gradients of the one above are summed. Begun before,
+            # they would have held up the small sums of the BatchNorm1d between the two.
             sums += begin_all_reduce(grads)
         g = layer.backward(g)
         if isinstance(layer, Linear):

@@ -68,7 +68,10 @@ class Vocabulary:
         return len(self.chars)
 
     def encode(self, text):
-        """str -> list of int, also of the end token. Raises ValueError for an unknown character."""
+        """str, in which the end token may stand -> list of int.
+
+        Raises ValueError for an unknown character.
+        """
         try:
             return [self.index[char] for char in text]
         except KeyError as error:
@@ -93,13 +96,14 @@ def windows(names, vocab, block_size):
     encoding, dtype = ("latin-1", torch.uint8) if len(vocab) <= 256 else ("utf-32-le", torch.int32)
     table = {ord(char): code for char, code in vocab.index.items()}
     characters = sum(len(name) + 1 for name in names)
-    codes, end = torch.zeros(block_size + characters, dtype=dtype), block_size
-    # str.translate is a hundred times as fast as a loop; in parts, it takes little memory.
+    codes, place = torch.zeros(block_size + characters, dtype=dtype), block_size
+    # Each character becomes the one whose number is its code, so that the codes are what encode()
+    # writes: a hundred times as fast as a loop. In parts, it takes little memory.
     for i in range(0, len(names), 100_000):
         text = vocab.end.join([*names[i : i + 100_000], ""]).translate(table)
         part = bytearray(text.encode(encoding, "surrogatepass"))
-        codes[end : end + len(text)] = torch.frombuffer(part, dtype=dtype)
-        end += len(text)
+        codes[place : place + len(text)] = torch.frombuffer(part, dtype=dtype)
+        place += len(text)
     return codes.unfold(0, block_size + 1, 1)
 
 
@@ -145,9 +149,9 @@ class WaveNet(nn.Sequential):
         )
 
     def forward(self, contexts):
-        T, shape = self.config["block_size"], tuple(contexts.shape)
-        if len(shape) != 2 or shape[1] != T:
-            raise ValueError(f"contexts must be (B, {T}), not {shape}")
+        T = self.config["block_size"]
+        if contexts.shape[1:] != (T,):
+            raise ValueError(f"contexts must be (B, {T}), not {tuple(contexts.shape)}")
         return super().forward(contexts)
 
     def __getitem__(self, i):  # nn.Sequential would make a slice with WaveNet(...)
@@ -192,9 +196,9 @@ def read_tensors(path, keys, advice):
         raise ValueError(f"{path} is no file: {advice}")
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 64))
-        whole = not file.read().strip(b"0123456789abcdef")  # else it may be too large to read
+        signed = not file.read().strip(b"0123456789abcdef")
         file.seek(0)
-        data = file.read() if whole else b""
+        data = file.read() if signed else b""  # what ends in no sum is not read: it may be huge
     if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
         raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
     content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -208,8 +212,8 @@ CHECKPOINT = "config", "vocab", "made", "state_dict"
 
 def save(path, net, vocab, made):
     """Write a checkpoint: sizes, vocabulary, how it was made (a flat dict), and the state dict."""
-    state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
-    write_tensors(path, dict(zip(CHECKPOINT, (net.config, vocab.chars, made, state))))
+    content = net.config, vocab.chars, made, dict(net.state_dict())
+    write_tensors(path, dict(zip(CHECKPOINT, content)))
 
 
 def load(path):
@@ -227,7 +231,7 @@ def load(path):
 
 @torch.no_grad()
 def transfer(net, vocab, trained, trained_vocab):
-    """Copy into `net` what it shares with a trained network of the same sizes but for vocab_size.
+    """Copy into `net` what a trained network of the same sizes, but for vocab_size, has learnt.
 
     That is all levels, and what belongs to a character that both know: its embedding and its row of
     the output. A capital letter that was not known begins as its small one.
@@ -238,8 +242,7 @@ def transfer(net, vocab, trained, trained_vocab):
         if i and j:
             rows.append(i)
             known.append(j)
-    pairs = zip(net.parameters(), trained.parameters(), strict=True)
-    embedding, *levels, weight, bias = pairs
+    embedding, *levels, weight, bias = zip(net.parameters(), trained.parameters(), strict=True)
     for new, old in levels:
         new.copy_(old)
     for new, old in embedding, weight, bias:

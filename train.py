@@ -131,14 +131,14 @@ def sgd_step(net, parameters, tree, targets, n, lr, weight_decay=0.0, origin=())
 def evaluate(net, codes, scales=(1.0,)):
     """Mean loss, nats a character, in eval mode, for each scale of the logits.
 
-    It is that of all windows, or of the first ones, when their mean has a standard error < ERROR.
+    It ends early, after more than VALIDATED windows, once its standard error is below ERROR.
     """
-    vocab_size, device = len(net[0].weight), net.eval()[0].weight.device
-    total, squares, n = 0.0, 0.0, 0
-    for part in codes.split(min(8192, max(1, 2**25 // vocab_size))):
-        contexts, targets = contexts_and_targets(part)
-        (tree,) = distinct_rows(contexts[None].to(device), vocab_size)
-        logits, targets = layers.forward_distinct(net, tree), targets.to(device)
+    embedded = net.eval()[0].weight  # (V, E)
+    total = squares = n = 0
+    for part in codes.split(min(8192, 2**25 // len(embedded))):
+        contexts, targets = contexts_and_targets(part.to(embedded.device))
+        (tree,) = distinct_rows(contexts[None], len(embedded))
+        logits = layers.forward_distinct(net, tree)
         losses = [F.cross_entropy(scale * logits, targets, reduction="none") for scale in scales]
         losses = torch.stack(losses).cpu().double()
         total, squares, n = total + losses.sum(1), squares + losses.square().sum(1), n + len(part)
@@ -148,14 +148,15 @@ def evaluate(net, codes, scales=(1.0,)):
 
 
 def best_scale(net, codes, scale, step):
-    """(loss, scale) of the scale of the logits with the least loss, to a `step`: arXiv:1706.04599.
+    """(loss, scale) of the scale of the logits with the least loss, in steps: arXiv:1706.04599.
 
     What it has learnt by heart makes a network too sure of what it has not seen. The loss is a
     convex function of the scale: so the way from `scale` to the best one is downhill.
     """
     while True:
         near = [min(max(0.45, round(scale + change, 2)), 1.35) for change in (0, -step, step)]
-        loss, best = min(zip(evaluate(net, codes, near), near), key=lambda pair: pair[0])
+        losses = evaluate(net, codes, near)
+        loss, best = min(zip(losses, near), key=lambda pair: pair[0])  # of equal ones the first
         if best == scale:
             return loss, scale
         scale = best
@@ -168,14 +169,15 @@ def recompute_statistics(net, codes, batches):
     Those kept in training would be of the weights before they were averaged: arXiv:1803.05407.
     """
     generator = torch.Generator().manual_seed(0)
-    for layer in net.eval():  # no Dropout
+    net.eval()  # no Dropout
+    for layer in net:
         if isinstance(layer, BatchNorm1d):
             layer.train().num_batches_tracked.zero_()
             layer.momentum = None  # the mean of all batches
     batch_size = min(8192, max(2048, len(codes) // 4))
     for _ in range(batches):
         drawn = torch.randint(len(codes), (1, batch_size), generator=generator)
-        contexts = own_part(contexts_and_targets(codes[drawn])[0]).to(net[0].weight.device)
+        contexts, _ = contexts_and_targets(codes[own_part(drawn)].to(net[0].weight.device))
         (tree,) = distinct_rows(contexts, len(net[0].weight), batch_size)
         layers.forward_distinct(net[:-1], tree)
     net.eval()
@@ -185,7 +187,7 @@ def recompute_statistics(net, codes, batches):
 
 
 def take_in(average, net, n):
-    """Polynomial-decay averaging, arXiv:1212.1824: the nth weights, from 0, get weight 4 / (n + 4).
+    """Polynomial-decay averaging, arXiv:1212.1824: the nth weights (n from 0) count 4 / (n + 4).
 
     Those before count less and less, so that the mean is one of about the last quarter of all.
     """
@@ -198,13 +200,13 @@ def validate(average, train_windows, val_windows, progress):
     recompute_statistics(average, train_windows, batches=1)
     if rank():
         return
-    loss, scale = best_scale(average, val_windows, progress["best"].get("scale", 1.0), 0.05)
+    loss, scale = best_scale(average, val_windows, progress["best"]["scale"], 0.05)
     if not math.isfinite(loss):
         raise ValueError(f"the validation loss is {loss} at step {progress['step']}: lower --lr")
     progress["curves"]["val"].append((progress["step"], loss))
-    if not progress["best"] or loss < progress["best"]["loss"]:
-        best = {"step": progress["step"], "loss": loss, "scale": scale}
-        progress["best"] = best | {"state_dict": copy.deepcopy(average.state_dict())}
+    if loss < progress["best"]["loss"]:
+        weights = copy.deepcopy(average.state_dict())
+        progress["best"] = dict(step=progress["step"], loss=loss, scale=scale, state_dict=weights)
 
 
 @torch.no_grad()
@@ -220,13 +222,14 @@ def train(net, vocab, train_windows, val_windows, args, keep, state=None, begun=
     any more.
     """
     parameters, average = list(net.parameters()), copy.deepcopy(net)
-    progress = state or {"step": 0, "averaged": 0, "loss_sum": 0.0, "best": {}}
+    progress = state or {"step": 0, "averaged": 0, "loss_sum": 0.0}
+    progress.setdefault("best", {"loss": math.inf, "scale": 1.0})
     progress.setdefault("curves", {"train": [], "val": []})
-    progress.setdefault("origin", [weight.clone() for weight in parameters] if begun else [])
+    progress.setdefault("origin", [weight.clone() for weight in parameters if begun])
     if state:
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
-    # These tensors are views: whenever `progress` is saved, they are those of that step.
+    # Not copies, but the very weights: whenever `progress` is saved, they are those of that step.
     progress |= {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
     origin = [weight.to(args.device) for weight in progress["origin"]]
     start, curves, signals = progress["step"], progress["curves"], []
@@ -394,7 +397,10 @@ STATE = "step averaged loss_sum curves best origin state_dict average names flag
 
 
 def settled(parser, argv, given, what):
-    """The `given` flags, with those of argv. Raises ValueError where they contradict."""
+    """The flags that are `given` by a file, and those of argv, which come later and so win.
+
+    Raises ValueError where they contradict in what makes the training what it is.
+    """
     flag_of = {name: "--" + name.replace("_", "-") for name in given}
     args = parser.parse_args([f"{flag_of[name]}={given[name]}" for name in given] + argv)
     for name, flag in flag_of.items():
@@ -406,7 +412,7 @@ def settled(parser, argv, given, what):
 def files_of(out):
     """-> the network's file, its picture, its unfinished state, and the lock of all.
 
-    Raises ValueError when they are no files of their own.
+    Raises ValueError when two of them are the same, or one is a folder, a device or the like.
     """
     path = os.path.realpath(out)  # a link stays a link
     names = f"{path.removesuffix('.pth')}.png", f"{path}.unfinished", f"{path}.unfinished.lock"
@@ -435,22 +441,15 @@ def locked(path):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = flags()
-
-    def training():
-        args = parser.parse_args(argv)
-        with process_group(args.device):
-            start(parser, argv, args)
-
-    parser.guard(training)
+    parser, argv = flags(), sys.argv[1:] if argv is None else argv
+    parser.guard(lambda: start(parser, argv))
 
 
-def start(parser, argv, args):
+def start(parser, argv):
     """Begin or go on with the training of these flags, the only one that writes to its files."""
-    state = trained = None
+    args, state, trained = parser.parse_args(argv), None, None
     out, picture, unfinished, lock = files_of(args.out)
-    with locked(lock) if not rank() else nullcontext():
+    with process_group(args.device), nullcontext() if rank() else locked(lock):
         if args.resume:
             if not rank():
                 state = model.read_tensors(unfinished, STATE, "there is nothing to resume")
@@ -490,12 +489,12 @@ def read_list(args, state):
     if state and digest != state["names"]:
         what = "are not those of the unfinished training: give its list with --data"
         raise ValueError(f"the names in {args.data} {what}")
-    vocab, parts = Vocabulary(names), dict(zip(("train", "test", "val"), split(names)))
-    known = set(parts["val"]).intersection(name for name in parts["train"])
-    if unseen := [name for name in parts["val"] if name not in known]:
-        parts["unseen"] = unseen
-    split_windows = {part: windows(some, vocab, args.block_size) for part, some in parts.items()}
-    return digest, rows, vocab, split_windows
+    vocab, (learnt, test, val) = Vocabulary(names), split(names)
+    known = set(val).intersection(learnt)
+    unseen = [name for name in val if name not in known]
+    parts = {"train": learnt, "val": val, "unseen": unseen, "test": test}
+    codes = {part: windows(some, vocab, args.block_size) for part, some in parts.items() if some}
+    return digest, rows, vocab, codes
 
 
 def run(args, state, trained, out, picture, unfinished):
@@ -520,10 +519,10 @@ def run(args, state, trained, out, picture, unfinished):
     remark(f"{what}; {parameters:,} parameters")
     for name, value in chosen.items():
         remark(f"--{name} {value}, which suits {len(data[0]):,} training windows")
-    of_the_list = {"names": digest, "flags": {name: getattr(args, name) for name in REMEMBERED}}
+    origins = {"names": digest, "flags": {name: getattr(args, name) for name in REMEMBERED}}
 
     def keep(progress):
-        model.write_tensors(unfinished, progress | of_the_list)
+        model.write_tensors(unfinished, progress | origins)
 
     best, curves = train(net, vocab, *data, args, keep, state, begun=bool(trained))
     if rank():

@@ -601,7 +601,7 @@ def test_a_full_standard_output_is_said(tiny):
     assert process.returncode == 2
     assert (
         process.stderr == "sampling.py: error: standard output cannot be read or written"
-        " (No space left on device): choose another, or make room\n"
+        " (No space left on device): check its name, its rights, and the room there\n"
     )
 
 
