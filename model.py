@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from unicodedata import normalize
 
@@ -22,6 +23,15 @@ LARGEST_LINE = 2**15  # characters: Unicode's normal form can take quadratic tim
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
+@contextmanager
+def named(path):
+    """An OSError inside is of the file at path, also where the system does not say so."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+
+
 def canonical(name):
     """The form in which equal names are equal: Unicode's NFC, without blanks around it."""
     return normalize("NFC", name).strip()
@@ -33,7 +43,7 @@ def read_names(path):
     Raises OSError when the file cannot be read, and ValueError when it holds no list of names.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with named(path), open(path, encoding="utf-8-sig") as file:
             text = file.read(LARGEST_LIST + 1)
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
@@ -164,18 +174,16 @@ def write(path, data):
     A link stays a link, and a file keeps its permissions.
     """
     path = os.path.realpath(path)
-    try:
-        with TemporaryDirectory(prefix=".", suffix=".tmp", dir=os.path.dirname(path)) as folder:
-            temporary = os.path.join(folder, "new")
-            with open(temporary, "wb") as file:
-                if os.path.exists(path):
-                    shutil.copymode(path, temporary)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None  # its own names the other file
+    hidden = dict(prefix=".", suffix=".tmp", dir=os.path.dirname(path))
+    with named(path), TemporaryDirectory(**hidden) as folder:
+        temporary = os.path.join(folder, "new")
+        with open(temporary, "wb") as file:
+            if os.path.exists(path):
+                shutil.copymode(path, temporary)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def write_tensors(path, content):
@@ -194,12 +202,13 @@ def read_tensors(path, keys, advice):
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} is no file: {advice}")
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 64))
         signed = not file.read().strip(b"0123456789abcdef")
         file.seek(0)
         data = file.read() if signed else b""  # what ends in no sum is not read: it may be huge
-    if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
+    checksum = hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode()
+    if data[-64:] != checksum or data[:2] != b"PK":
         raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
     content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if type(content) is not dict or content.keys() != set(keys):

@@ -209,8 +209,9 @@ class Parser(argparse.ArgumentParser):
                 sys.exit(128 + (*error.args, signal.SIGINT)[0])
             if isinstance(error, BrokenPipeError):  # the reader has enough
                 sys.exit(141)
-            what = f"{error.filename or 'standard output'} cannot be read or written"
-            self.error(f"{what} ({error.strerror}): check its name, its rights, and the room there")
+            what = "standard output" if error.filename is None else error.filename
+            what = f"{what} cannot be read or written ({error.strerror})"
+            self.error(f"{what}: check its name, its rights, and the room there")
         except ValueError as error:
             self.error(str(error))
         except (MemoryError, RuntimeError) as error:

@@ -418,6 +418,7 @@ def files_of(out):
     names = f"{path.removesuffix('.pth')}.png", f"{path}.unfinished", f"{path}.unfinished.lock"
     files = [path, *map(os.path.realpath, names)]
     taken = any(os.path.lexists(file) and not os.path.isfile(file) for file in files)
+    taken |= os.path.exists(files[-1]) and os.path.getsize(files[-1])  # another program's lock
     if not path.endswith(".pth") or taken or len(set(files)) < 4:
         what = "a name like own.pth, beside which own.png and own.pth.unfinished are free"
         raise ValueError(f"--out {out} cannot be used: give {what}")
@@ -513,6 +514,9 @@ def run(args, state, trained, out, picture, unfinished):
     if trained:
         model.transfer(net, vocab, *trained[:2])
     net.to(args.device)
+    if parallel():  # another machine may have drawn, or read, other weights
+        for tensor in net.state_dict().values():
+            distributed.broadcast(tensor, 0)
     counts = ", ".join(f"{part} {len(some):,}" for part, some in split_windows.items())
     parameters = sum(parameter.numel() for parameter in net.parameters())
     what = f"{rows:,} rows, {len(vocab) - 1} characters; windows: {counts}"

@@ -193,7 +193,7 @@ def test_out_is_no_other_file_of_the_run_and_no_device(folder, tiny, refused):
     os.mkfifo(folder / "fifo.pth")
     (folder / "device.pth").symlink_to("/dev/null")
     (folder / "picture.png").mkdir()
-    for name in "list.png", "own.pth.unfinished", "cities.txt":
+    for name in "list.png", "own.pth.unfinished", "cities.txt", "used.pth.unfinished.lock":
         shutil.copy(folder / "names.txt", folder / name)
     (folder / "loop.pth").symlink_to("loop.pth")
     (folder / "names.png").symlink_to("names.txt")
@@ -208,6 +208,7 @@ def test_out_is_no_other_file_of_the_run_and_no_device(folder, tiny, refused):
         "own.pth.lock",
         "loss.png",
         "picture.pth",
+        "used.pth",
         "fifo.pth",
         "device.pth",
         "",
