@@ -66,7 +66,7 @@ class FlattenConsecutive(nn.Module):
         save_for_backward(self, B, T, C)
         if T == 0 or T % self.n:
             raise ValueError(f"{T} positions cannot be joined in groups of {self.n}")
-        return x.reshape(B, T // self.n, C * self.n).squeeze(1)
+        return x.reshape(B, C * T) if T == self.n else x.reshape(B, T // self.n, C * self.n)
 
     def backward(self, g):
         return g.view(self.saved)
@@ -285,7 +285,7 @@ def backward_distinct(net, tree, g):
             # they would have held up the small sums of the BatchNorm1d between the two.
             sums += begin_all_reduce(grads)
         g = layer.backward(g)
-        if isinstance(layer, Linear):
+        if isinstance(layer, Linear) and parallel():
             grads = [parameter.grad for parameter in layer.parameters()]
         if isinstance(layer, FlattenConsecutive):
             g = index_select_backward(g.flatten(0, 1), next(coming).children, sizes.pop())

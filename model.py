@@ -230,11 +230,15 @@ def load(path):
 
     Raises ValueError when there is no file, or it is no whole checkpoint.
     """
-    checkpoint = read_tensors(path, CHECKPOINT, "train a network with train.py first")
+    advice = "train a network with train.py first"
+    checkpoint = read_tensors(path, CHECKPOINT, advice)
     config, chars, made, state = (checkpoint[key] for key in CHECKPOINT)
-    with torch.device("meta"):  # takes no memory: the weights are already in it
-        net = WaveNet(**config)
-    net.load_state_dict(state, assign=True)
+    (V, E), H = state["0.weight"].shape, [*state.values()][-2].shape[1]
+    # Six tensors a level. Nothing is built that the weights in the file do not fill.
+    if config != dict(vocab_size=V, block_size=2 ** (len(state) // 6), n_embd=E, n_hidden=H):
+        raise ValueError(f"{path} holds weights of other sizes than it says: {advice}")
+    net = WaveNet(**config)
+    net.load_state_dict(state)
     return net.eval(), Vocabulary([chars[1:]]), made
 
 

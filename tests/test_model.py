@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -341,3 +343,22 @@ def test_transfer():
         for char, i in vocab.index.items():
             row = old[old_vocab.index[like[char]]] if char in like else begun[i]
             assert torch.equal(new[i], row), char
+
+
+def test_sizes_that_the_weights_do_not_fill_are_refused(tmp_path):
+    """Before memory is taken for them."""
+    content = torch.load(ROOT / "model_state.pth", weights_only=True)
+    for sizes in {"n_hidden": 10**7}, {"n_embd": 10**9}, {"block_size": 2**30}, {"vocab_size": 28}:
+        write_tensors(tmp_path / "own.pth", content | {"config": content["config"] | sizes})
+        with pytest.raises(ValueError, match="own.pth holds weights of other sizes"):
+            load(tmp_path / "own.pth")
+
+
+def test_loading_imports_hardly_more_than_torch():
+    """Parts of torch that this needs by accident, such as meta tensors, take seconds to import."""
+    code = (
+        "import sys, torch; before = len(sys.modules); import sampling; sampling.main(['-n', '1'])"
+    )
+    command = [sys.executable, "-c", f"{code}; print(len(sys.modules) - before)"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert int(process.stdout.splitlines()[-1]) < 50

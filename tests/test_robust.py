@@ -500,7 +500,7 @@ def test_a_broken_state_is_refused(interrupted, refused, tiny):
 def test_no_code_is_run(tmp_path, tiny, monkeypatch):
     """A pickle that would run code, and a stream of torch's older format in front of all.
 
-    Both are refused for their sum; and where somebody has made that right, by torch.
+    Both are refused for their sum; and where somebody has made that right, all the same.
     """
     monkeypatch.chdir(tmp_path)
     buffer = io.BytesIO()
@@ -516,7 +516,7 @@ def test_no_code_is_run(tmp_path, tiny, monkeypatch):
             load(tmp_path / "code.pth")
         data = data[:-2] + bytes((64, 0))
         (tmp_path / "code.pth").write_bytes(data + hashlib.sha256(data).hexdigest().encode())
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises((pickle.UnpicklingError, ValueError)):
             load(tmp_path / "code.pth")
         assert os.listdir(tmp_path) == ["code.pth"]
 
