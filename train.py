@@ -235,7 +235,7 @@ def train(net, vocab, train_windows, val_windows, args, keep, state=None, begun=
     start, curves, signals = progress["step"], progress["curves"], []
     for layer in net:
         if isinstance(layer, BatchNorm1d):
-            layer.track_running_stats = False  # validate() measures them when they are needed
+            layer.track_running_stats = False  # only the average's are needed: by validate()
     batches = minibatches(train_windows, len(vocab), start, args)
     every = max(1, args.steps // 200)
     weight_decay = 60 / max(12_000, args.steps)

@@ -186,6 +186,24 @@ def test_when_one_is_killed_the_others_say_so_and_can_go_on(
     close(load(out)[0], short)
 
 
+def test_all_begin_with_the_weights_of_the_first(folder, short):
+    """Whatever another machine has drawn, or read from its own --init-from."""
+
+    def other_weights(rank):
+        def drawn(*sizes, original=train.WaveNet, **more):
+            net = original(*sizes, **more)
+            for parameter in net.parameters():
+                parameter.data += rank
+            return net
+
+        train.WaveNet = drawn
+
+    out = folder / "begun.pth"
+    args = "--data", folder / "names.txt", "--out", out, *SHORT
+    assert [p.returncode for p in in_processes(2, *args, before=other_weights)] == [0, 0]
+    close(load(out)[0], short)
+
+
 def test_processes_that_see_different_things_are_refused(folder):
     def other_list(rank):
         if rank:
