@@ -55,8 +55,9 @@ def read_names(path):
     names = [name for line in lines if (name := canonical(line))]
     if not names:
         raise ValueError(f"{path} holds no names: give a text file with one name a line")
-    if bad := next(filter(CONTROL.search, names), None):
-        raise ValueError(f"{path}: {bad[:60]!r} holds a control character: take it out")
+    for name in names:  # in Python, here and below: within a long call no signal is answered
+        if CONTROL.search(name):
+            raise ValueError(f"{path}: {name[:60]!r} holds a control character: take it out")
     return names
 
 
@@ -69,7 +70,9 @@ class Vocabulary:
     """The characters of `texts`, with indices from 1 in sorted order; the end token has index 0."""
 
     def __init__(self, texts):
-        chars = set().union(*texts)
+        chars = set()
+        for text in texts:
+            chars.update(text)
         self.end = LINE_END if END in chars else END
         self.chars = self.end + "".join(sorted(chars))
         self.index = {char: i for i, char in enumerate(self.chars)}
