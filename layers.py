@@ -145,8 +145,9 @@ class BatchNorm1d(nn.Module):
         save_for_backward(self, x_hat, rstd, weights)
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
-            n_batches = self.num_batches_tracked.item()
-            momentum = 1 / n_batches if self.momentum is None else self.momentum
+            momentum = self.momentum
+            if momentum is None:
+                momentum = 1 / self.num_batches_tracked.item()
             self.running_mean.lerp_(mean.detach(), momentum)
             # The biased variance normalises; the unbiased one is the estimate for data not yet
             # seen.

@@ -222,10 +222,14 @@ def train(net, vocab, train_windows, val_windows, args, keep, state=None, begun=
     any more.
     """
     parameters, average = list(net.parameters()), copy.deepcopy(net)
-    progress = state or {"step": 0, "averaged": 0, "loss_sum": 0.0}
-    progress.setdefault("best", {"loss": math.inf, "scale": 1.0})
-    progress.setdefault("curves", {"train": [], "val": []})
-    progress.setdefault("origin", [weight.clone() for weight in parameters if begun])
+    progress = state or {
+        "step": 0,
+        "averaged": 0,
+        "loss_sum": 0.0,
+        "best": {"loss": math.inf, "scale": 1.0},
+        "curves": {"train": [], "val": []},
+        "origin": [weight.clone() for weight in parameters if begun],
+    }
     if state:
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
@@ -430,15 +434,18 @@ def files_of(out):
 @contextmanager
 def locked(path):
     """Nobody else is inside for the same path."""
+    lock = FileLock(path)
+    with model.named(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another training holds {path}: choose another --out") from None
     try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    os.remove(path)
-    except Timeout:
-        raise ValueError(f"another training holds {path}: choose another --out") from None
+        yield
+    finally:
+        with suppress(OSError):
+            os.remove(path)
+        lock.release()
 
 
 def main(argv=None):
@@ -491,7 +498,7 @@ def read_list(args, state):
         what = "are not those of the unfinished training: give its list with --data"
         raise ValueError(f"the names in {args.data} {what}")
     vocab, (learnt, test, val) = Vocabulary(names), split(names)
-    known = set(val).intersection(learnt)
+    known = set(val).intersection(name for name in learnt)  # in Python: see read_names()
     unseen = [name for name in val if name not in known]
     parts = {"train": learnt, "val": val, "unseen": unseen, "test": test}
     codes = {part: windows(some, vocab, args.block_size) for part, some in parts.items() if some}
@@ -523,10 +530,10 @@ def run(args, state, trained, out, picture, unfinished):
     remark(f"{what}; {parameters:,} parameters")
     for name, value in chosen.items():
         remark(f"--{name} {value}, which suits {len(data[0]):,} training windows")
-    origins = {"names": digest, "flags": {name: getattr(args, name) for name in REMEMBERED}}
+    unchanging = {"names": digest, "flags": {name: getattr(args, name) for name in REMEMBERED}}
 
     def keep(progress):
-        model.write_tensors(unfinished, progress | origins)
+        model.write_tensors(unfinished, progress | unchanging)
 
     best, curves = train(net, vocab, *data, args, keep, state, begun=bool(trained))
     if rank():
