@@ -1,13 +1,18 @@
 """What a model is: names and their windows, the vocabulary, the network, the file that keeps it."""
 
+import codecs
+import csv
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
-from contextlib import contextmanager
-from tempfile import TemporaryDirectory
-from unicodedata import normalize
+import unicodedata
+import zipfile
+from collections import Counter
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
 
 import torch
 from torch import nn
@@ -17,65 +22,169 @@ from layers import BatchNorm1d, Dropout, Embedding, FlattenConsecutive, Linear, 
 # The end token ends every name and pads the context on the left. A list whose names hold "." has
 # another one, which no line of a file can hold.
 END, LINE_END = ".", "\n"
-
-LARGEST_LIST = 2**28  # characters: a pipe might never end
-LARGEST_LINE = 2**15  # characters: Unicode's normal form can take quadratic time
+CASE_MARK = "\x0e"  # before a letter: the other case of it; a control character is in no name
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Soft hyphen, zero-width space, byte order mark, bidi marks; not the joiners, which spell words.
+INVISIBLE = re.compile("[\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+NUMBERED = re.compile(r"\d+[\s.,:;)-]+\D|.*\D[\s,:;]+\d[\d.,]*%?$")
+MAX_CHARACTERS, MAX_LINE = 2**28, 2**15  # of a list, as a pipe might never end, and of a line
+MAX_SIZE, MAX_BLOCK_SIZE = 4096, 1024  # of a network
 
 
 @contextmanager
 def named(path):
-    """An OSError inside is of the file at path, also where the system does not say so."""
+    """An OSError inside is about the file at path, also where the system does not say so."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
 
 
-def canonical(name):
-    """The form in which equal names are equal: Unicode's NFC, without blanks around it."""
-    return normalize("NFC", name).strip()
+def normalize(name):
+    """The form in which equal names are equal: NFC, nothing invisible, no blanks around it."""
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", INVISIBLE.sub("", name))
+    return name.strip()
 
 
-def read_names(path):
-    """The names of a UTF-8 text file, one a line, each as canonical(); blank lines do not count.
+def read_lines(path):
+    """Yield the lines of a file in UTF-8, or in UTF-16 with its mark; "-" is standard input.
 
-    Raises OSError when the file cannot be read, and ValueError when it holds no list of names.
+    Raises OSError when it cannot be read, and ValueError when it is no text.
     """
+    with named(path), open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+        head, total = file.peek(), 0
+        if head.startswith((b"PK\x03\x04", b"\x1f\x8b")):
+            kinds = {b"xl/": "an Excel workbook", b"word/": "a Word document", b"PK": "a zip file"}
+            kind = next((kind for mark, kind in kinds.items() if mark in head), "a gzip file")
+            raise ValueError(f"{path} is {kind}: save its names as a text file, one per line")
+        utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig")
+        try:
+            while line := text.readline(MAX_LINE + 1):
+                total += len(line)
+                if len(line) > MAX_LINE or total > MAX_CHARACTERS:
+                    limits = f"{MAX_CHARACTERS:,} characters, or {MAX_LINE:,} in a line"
+                    raise ValueError(f"{path} holds more than {limits}: give a part of it")
+                yield line.removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8")
+        finally:
+            text.detach()  # or it would close standard input
+
+
+def read_column(path, lines, column):
+    """Yield the fields of one column of a table: its number from 1, or its name in the first row.
+
+    Raises ValueError when it has no such column.
+    """
+    head = list(islice(lines, 100))
+    rows = csv.reader(chain(head, lines), delimiter=max(",;\t", key="".join(head).count))
+    header = [] if column.isdecimal() else [name.strip() for name in next(rows, [])]
+    i = header.index(column) if column in header else int(column) - 1 if not header else 2**31
+    found = False
     try:
-        with named(path), open(path, encoding="utf-8-sig") as file:
-            text = file.read(LARGEST_LIST + 1)
-    except UnicodeDecodeError as error:
-        what = f"is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        raise ValueError(f"{path} {what}") from None
-    lines = text.split("\n")
-    if len(text) > LARGEST_LIST or max(map(len, lines)) > LARGEST_LINE:
-        what = f"{LARGEST_LIST:,} characters, or {LARGEST_LINE:,} in a line: give a part of it"
-        raise ValueError(f"{path} holds more than {what}")
-    names = [name for line in lines if (name := canonical(line))]
+        for row in rows:
+            found |= i < len(row)
+            yield row[i] if i < len(row) else ""
+    except csv.Error as error:
+        raise ValueError(f"{path}, row {rows.line_num}, is no row of a table: {error}")
+    if not found:
+        raise ValueError(f"{path} has no column {column!r}; its first row is {head[:1]}")
+
+
+def refuse_table(path, lines, rows):
+    """Raise ValueError when the lines, of which `rows` are some without blanks, are no list."""
+    kind = None
+    if rows[0][0] in "[{":
+        with suppress(ValueError, RecursionError):
+            kind = json.loads("\n".join(lines)) and "JSON"
+    counts = [sum(NUMBERED.match(row) is not None for row in rows)]
+    for delimiter in ",;\t":
+        fields = Counter(len(next(csv.reader([row], delimiter=delimiter))) for row in rows)
+        counts += [count for n, count in fields.items() if n > 1]
+    if len(rows) == 1 and max(counts):
+        raise ValueError(f"one name per line: the file {path} has one line, {rows[0][:60]!r}")
+    if kind or max(counts) >= 0.9 * len(rows):
+        what = f"{path} looks like {kind or 'a table'}, not like names: {rows[0][:60]!r}"
+        raise ValueError(f"{what}. Take one column (--column 1), or all as it is (--column 0)")
+
+
+def read_names(path, column=None, log=lambda message: None):
+    """The distinct names of a file, as normalize() gives them, in the order of their first rows.
+
+    `column` is that of a table, as for read_column(), or "0" for the lines as they are; log() is
+    told what does not count. Raises OSError and ValueError, as above, and for control characters.
+    """
+    lines = read_lines(path)
+    if column not in (None, "0"):
+        lines = read_column(path, lines, column)
+    head = list(islice(lines, 10_000))
+    rows = [row for line in head if (row := normalize(line))]
+    if rows and column is None:
+        head += lines if rows[0][0] in "[{" else []  # all of what may be JSON
+        refuse_table(path, head, rows)
+    names, n_rows, invisible, control = {}, 0, 0, []
+    for number, line in enumerate(chain(head, lines), 1):
+        if name := normalize(line):
+            names[name] = None
+            n_rows += 1
+            invisible += not line.isascii() and INVISIBLE.search(line) is not None
+            if not name.isprintable() and CONTROL.search(name):
+                control.append(number)
+    if control:
+        what = f"{len(control):,} rows hold control characters, the first is line {control[0]:,}"
+        raise ValueError(f"{path}: {what}: take them out")
     if not names:
-        raise ValueError(f"{path} holds no names: give a text file with one name a line")
-    for name in names:  # in Python, here and below: within a long call no signal is answered
-        if CONTROL.search(name):
-            raise ValueError(f"{path}: {name[:60]!r} holds a control character: take it out")
-    return names
+        raise ValueError(f"{path} holds no names: give a text file with one name per line")
+    if invisible:
+        log(f"invisible characters were taken out of {invisible:,} rows")
+    if n_rows > len(names):
+        log(f"{n_rows - len(names):,} repeated rows count once")
+    return list(names)
 
 
-def digest(names):
-    """A list of names -> the SHA-256 that tells it from others."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+def sha256(names):
+    """What tells a list of names from others: the SHA-256 of its lines, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for i in range(0, len(names), 100_000):  # in parts: a list of ten million fits
+        digest.update("".join(f"{name}\n" for name in names[i : i + 100_000]).encode())
+    return digest.hexdigest()
+
+
+def other_case(char):
+    """ "e" for "E" and "E" for "e"; None for what has no other case, or not just one character."""
+    other = char.swapcase()
+    return other if other != char and len(other) == 1 and other.swapcase() == char else None
 
 
 class Vocabulary:
-    """The characters of `texts`, with indices from 1 in sorted order; the end token has index 0."""
+    """The tokens of `texts`: the end token is 0, the characters follow in sorted order from 1.
+
+    Where both cases of letters occur, the rarer one is spelled with CASE_MARK and the other one,
+    "Eve" as "^eve", so that what is learned about "e" serves "E". stoi maps a token's character to
+    its number, tokens_of maps each known character to its one or two tokens.
+    """
 
     def __init__(self, texts):
-        chars = set()
-        for text in texts:
-            chars.update(text)
+        counts, cases = Counter(), Counter()
+        for i in range(0, len(texts), 100_000):  # in parts: a list of ten million fits
+            counts.update("".join(texts[i : i + 100_000]))
+        for char in filter(other_case, counts):
+            cases[char.isupper()] += counts[char]
+        rarer = cases[True] <= cases[False]  # the capitals, or else the small letters
+        marked = {c for c in counts if len(cases) == 2 and other_case(c) and c.isupper() == rarer}
+        chars = (
+            set(counts) - marked | set(map(other_case, marked)) | set(CASE_MARK if marked else ())
+        )
         self.end = LINE_END if END in chars else END
         self.chars = self.end + "".join(sorted(chars))
-        self.index = {char: i for i, char in enumerate(self.chars)}
+        self.stoi = {char: i for i, char in enumerate(self.chars)}
+        self.mark = self.stoi.get(CASE_MARK)
+        self.tokens_of = {char: [i] for char, i in self.stoi.items() if i != self.mark}
+        if self.mark:
+            cased = [(other, i) for char, i in self.stoi.items() if (other := other_case(char))]
+            self.tokens_of |= {char: [self.mark, i] for char, i in cased}
 
     def __len__(self):
         return len(self.chars)
@@ -86,43 +195,39 @@ class Vocabulary:
         Raises ValueError for an unknown character.
         """
         try:
-            return [self.index[char] for char in text]
+            return [token for char in text for token in self.tokens_of[char]]
         except KeyError as error:
-            known = repr(self.chars[1:60]) + " ..." * (len(self) > 60)
-            what = f"{error.args[0]!r} is not among the characters {known}"
-            # Small letters, or capitals, may be what was meant.
-            forms = [[f for f in (c, c.lower(), c.upper()) if f in self.index] for c in text]
+            known = "".join(self.tokens_of)[1:60] + "..." * (len(self.tokens_of) > 60)
+            message = f"{error.args[0]!r} is not among the characters {known!r}"
+            forms = [[f for f in (c, c.lower(), c.upper()) if f in self.tokens_of] for c in text]
             if all(forms):
-                what += f": did you mean {''.join(form[0] for form in forms)!r}?"
-            raise ValueError(what) from None
+                message += f": did you mean {''.join(form[0] for form in forms)!r}?"
+            raise ValueError(message) from None
 
-    def decode(self, codes):
-        """Sequence of int -> str."""
-        return "".join(self.chars[code] for code in codes)
+    def decode(self, tokens):
+        """Sequence of int -> str. A mark without a letter after it is nothing."""
+        text = "".join(self.chars[token] for token in tokens)
+        return re.sub(f"{CASE_MARK}+(.?)", lambda match: other_case(match[1]) or match[1], text)
 
 
 def windows(names, vocab, block_size):
-    """Names -> (N, block_size + 1) codes: each character and end of a name, after what precedes it.
+    """Names -> (N, block_size + 1) tokens: each token and end of a name, after what precedes it.
 
-    All names stand in one long row, of a byte or four a character, and each window is a view of it.
+    All names stand in one long row, of one or four bytes a token, and each window is a view of it.
     """
     encoding, dtype = ("latin-1", torch.uint8) if len(vocab) <= 256 else ("utf-32-le", torch.int32)
-    table = {ord(char): code for char, code in vocab.index.items()}
-    characters = sum(len(name) + 1 for name in names)
-    codes, place = torch.zeros(block_size + characters, dtype=dtype), block_size
-    # Each character becomes the one whose number is its code, so that the codes are what encode()
-    # writes: a hundred times as fast as a loop. In parts, it takes little memory.
+    # Each character becomes those whose numbers are its tokens: a hundred times as fast as a loop.
+    table = {ord(char): "".join(map(chr, tokens)) for char, tokens in vocab.tokens_of.items()}
+    data = bytearray(block_size * dtype.itemsize)
     for i in range(0, len(names), 100_000):
-        text = vocab.end.join([*names[i : i + 100_000], ""]).translate(table)
-        part = bytearray(text.encode(encoding, "surrogatepass"))
-        codes[place : place + len(text)] = torch.frombuffer(part, dtype=dtype)
-        place += len(text)
-    return codes.unfold(0, block_size + 1, 1)
+        text = vocab.end.join([*names[i : i + 100_000], ""])
+        data += text.translate(table).encode(encoding, "surrogatepass")
+    return torch.frombuffer(data, dtype=dtype).unfold(0, block_size + 1, 1)
 
 
-def contexts_and_targets(codes):
-    """(..., T + 1) codes -> contexts (..., T) and targets (...), int64."""
-    contexts, targets = codes[..., :-1].long(), codes[..., -1].long()
+def contexts_and_targets(tokens):
+    """(..., T + 1) tokens -> contexts (..., T) and targets (...), int64."""
+    contexts, targets = tokens[..., :-1].long(), tokens[..., -1].long()
     # What stands before the last end token is another name and becomes padding: "nn.em" is "...em".
     return contexts * (contexts != 0).flip(-1).cumprod(-1).flip(-1), targets
 
@@ -130,136 +235,174 @@ def contexts_and_targets(codes):
 class WaveNet(nn.Sequential):
     """The network: contexts (B, block_size) int64 -> logits (B, vocab_size).
 
-    log2(block_size) levels join the characters pair by pair, each FlattenConsecutive(2), Linear,
+    log2(block_size) levels join the positions pair by pair, each FlattenConsecutive(2), Linear,
     BatchNorm1d, Tanh: (B, T, C) -> (B, T/2, 2C) -> (B, T/2, n_hidden). It is the tree of dilated
-    convolutions of WaveNet, arXiv:1609.03499, seen through one output. With dropout > 0, a Dropout
-    follows each Tanh.
-    Raises ValueError when block_size is not a power of two of at least 2, and for contexts of
-    another size.
+    convolutions of WaveNet, arXiv:1609.03499, seen through one output. With dropout > 0 a Dropout
+    follows each Tanh. Raises ValueError when block_size is not a power of two from 2 to 1024, for
+    sizes beyond 4096, and for contexts of another length.
     """
 
     def __init__(self, vocab_size, block_size, n_embd, n_hidden, dropout=0.0):
-        if block_size < 2 or block_size & (block_size - 1):
-            raise ValueError(f"block_size must be a power of two of at least 2, not {block_size}")
+        if block_size not in [2**i for i in range(1, 11)]:
+            raise ValueError(f"block_size must be a power of two from 2 to 1024, not {block_size}")
+        if max(n_embd, n_hidden) > MAX_SIZE:
+            raise ValueError(f"n_embd and n_hidden are at most {MAX_SIZE}: {n_embd}, {n_hidden}")
         layers, n_in = [Embedding(vocab_size, n_embd)], n_embd
         for _ in range(block_size.bit_length() - 1):
-            linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would take away a bias
-            # BatchNorm1d also takes away the scale of this weight; but the smaller a weight is, the
-            # further a step of SGD turns it: arXiv:1706.05350. Kaiming's gain for tanh, 5/3, would
-            # keep the variance from level to level; with 0.5 a long training gets further.
+            linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would cancel a bias
+            # BatchNorm1d cancels the scale of this weight too; but a smaller weight is turned
+            # further by each step of SGD, arXiv:1706.05350, and a long training gains from that.
             linear.weight.data *= 0.5
             layers += [FlattenConsecutive(2), linear, BatchNorm1d(n_hidden), Tanh()]
             if dropout:
                 layers.append(Dropout(dropout))
             n_in = n_hidden
         head = Linear(n_hidden, vocab_size)
-        # Small logits: training starts at a loss of about ln(vocab_size), knowing nothing, and not
-        # from confident mistakes that it would first have to unlearn.
+        # Small logits: training starts without confident mistakes that it would have to unlearn.
         head.weight.data *= 0.1
         super().__init__(*layers, head)
         self.config = dict(
             vocab_size=vocab_size, block_size=block_size, n_embd=n_embd, n_hidden=n_hidden
         )
-
-    def forward(self, contexts):
-        T = self.config["block_size"]
-        if contexts.shape[1:] != (T,):
-            raise ValueError(f"contexts must be (B, {T}), not {tuple(contexts.shape)}")
-        return super().forward(contexts)
+        # A hook, not forward(): so a forward() of your own is noticed by layers.has_fast_way().
+        self.register_forward_pre_hook(check_contexts)
 
     def __getitem__(self, i):  # nn.Sequential would make a slice with WaveNet(...)
         return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
 
 
-def write(path, data):
-    """Put bytes into the file at path, so that a crash leaves either the old or the whole new file.
+def check_contexts(net, args):
+    T = net.config["block_size"]
+    if args[0].shape[1:] != (T,):
+        raise ValueError(f"contexts must be (B, {T}), not {tuple(args[0].shape)}")
+
+
+def layer_names(net):
+    """The class names of all layers, by which a file knows which network it belongs to."""
+    return [type(module).__name__ for module in net.modules()][1:]
+
+
+def atomic_write(path, data):
+    """Write bytes so that a crash leaves either the old file or the whole new one.
 
     A link stays a link, and a file keeps its permissions.
     """
     path = os.path.realpath(path)
-    hidden = dict(prefix=".", suffix=".tmp", dir=os.path.dirname(path))
-    with named(path), TemporaryDirectory(**hidden) as folder:
-        temporary = os.path.join(folder, "new")
-        with open(temporary, "wb") as file:
+    partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.partial")
+    with named(path):
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             if os.path.exists(path):
-                shutil.copymode(path, temporary)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+                shutil.copymode(path, partial)
+            os.replace(partial, path)
+        finally:
+            with suppress(OSError):
+                os.remove(partial)
 
 
-def write_tensors(path, content):
-    """Write what torch.load(path, weights_only=True) reads, and its SHA-256 behind it."""
+def write_checkpoint(path, content):
+    """Write a dict of tensors and plain values, as torch.save() does, in one piece."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    data = buffer.getvalue()
-    write(path, data + hashlib.sha256(data).hexdigest().encode())
+    atomic_write(path, buffer.getvalue())
 
 
-def read_tensors(path, keys, advice):
-    """What write_tensors() wrote: a dict with these keys. Runs no code.
+def tensors_in(content):
+    """All tensors of nested dicts and lists."""
+    if torch.is_tensor(content):
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(value)
 
-    Raises ValueError, which ends with the advice, when there is no file, or it is damaged, or holds
-    something else.
+
+def read_checkpoint(path, keys, advice):
+    """The dict with these keys that write_checkpoint() wrote. Runs no code from the file.
+
+    Raises ValueError, which ends with the advice, when there is none, or it is damaged or another.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} is no file: {advice}")
-    with named(path), open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 64))
-        signed = not file.read().strip(b"0123456789abcdef")
-        file.seek(0)
-        data = file.read() if signed else b""  # what ends in no sum is not read: it may be huge
-    checksum = hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode()
-    if data[-64:] != checksum or data[:2] != b"PK":
+    content, size = None, os.path.getsize(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            # As torch.save() writes them; so no damage to these two fields goes unnoticed, and
+            # nothing is larger in memory than in the file.
+            plain = all(entry.external_attr == entry.compress_type == 0 for entry in entries)
+            if plain and sum(entry.file_size for entry in entries) <= size:
+                content = archive.testzip() or torch.load(path, "cpu", weights_only=True)
+        tensors = list(tensors_in(content))
+        if not all(t.is_contiguous() for t in tensors) or sum(t.nbytes for t in tensors) > size:
+            content = None
+    except (OSError, MemoryError):
+        raise
+    except Exception:  # whatever zipfile and torch raise for a file that is not theirs
+        content = None
+    if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
-    content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if type(content) is not dict or content.keys() != set(keys):
-        raise ValueError(f"{path} holds something else: {advice}")
+    if content.keys() != set(keys):
+        earlier = not content.keys().isdisjoint(("made", "origin"))
+        what = "was written by an earlier version" if earlier else "holds something else"
+        raise ValueError(f"{path} {what}: {advice}")
     return content
 
 
-CHECKPOINT = "config", "vocab", "made", "state_dict"
+CHECKPOINT = "config", "vocab", "layers", "metadata", "state_dict"
 
 
-def save(path, net, vocab, made):
-    """Write a checkpoint: sizes, vocabulary, how it was made (a flat dict), and the state dict."""
-    content = net.config, vocab.chars, made, dict(net.state_dict())
-    write_tensors(path, dict(zip(CHECKPOINT, content)))
+def save(path, net, vocab, metadata):
+    """Write a network: sizes, vocabulary, layers, how it was trained (a dict), state dict."""
+    content = net.config, vocab.chars, layer_names(net), metadata, dict(net.state_dict())
+    write_checkpoint(path, dict(zip(CHECKPOINT, content)))
 
 
 def load(path):
-    """path -> (the network in eval mode, its vocabulary, how it was made). Runs no code.
+    """path -> (the network in eval mode, its vocabulary, metadata). Runs no code from the file.
 
-    Raises ValueError when there is no file, or it is no whole checkpoint.
+    Raises ValueError when there is no file, or it holds no network, or one of other layers.
     """
     advice = "train a network with train.py first"
-    checkpoint = read_tensors(path, CHECKPOINT, advice)
-    config, chars, made, state = (checkpoint[key] for key in CHECKPOINT)
-    (V, E), H = state["0.weight"].shape, [*state.values()][-2].shape[1]
-    # Six tensors a level. Nothing is built that the weights in the file do not fill.
-    if config != dict(vocab_size=V, block_size=2 ** (len(state) // 6), n_embd=E, n_hidden=H):
-        raise ValueError(f"{path} holds weights of other sizes than it says: {advice}")
-    net = WaveNet(**config)
-    net.load_state_dict(state)
-    return net.eval(), Vocabulary([chars[1:]]), made
+    checkpoint = read_checkpoint(path, CHECKPOINT, advice)
+    config, chars, layers, metadata, state = (checkpoint[key] for key in CHECKPOINT)
+    try:
+        vocab, sizes = Vocabulary([chars[1:]]), {size for t in state.values() for size in t.shape}
+        whole = vocab.chars == chars and len(chars) == config["vocab_size"]
+        whole &= not CONTROL.search(chars[1:].replace(CASE_MARK, "")) and dict(metadata) == metadata
+        whole &= {config["vocab_size"], config["n_embd"], config["n_hidden"]} <= sizes
+        net = WaveNet(**config) if whole else None
+        same = net and layer_names(net) == layers
+        if same:
+            net.load_state_dict(state)
+    except Exception:  # missing keys, other types, shapes that do not fit
+        net = None
+    if not net:
+        raise ValueError(f"{path} holds something else: {advice}")
+    if not same:
+        raise ValueError(f"{path} has other layers than this model.py: train it anew")
+    return net.eval(), vocab, metadata
 
 
 @torch.no_grad()
-def transfer(net, vocab, trained, trained_vocab):
-    """Copy into `net` what a trained network of the same sizes, but for vocab_size, has learnt.
+def load_pretrained(net, vocab, pretrained, pretrained_vocab):
+    """Copy into `net` what a trained network of the same sizes, but for vocab_size, has learned.
 
-    That is all levels, and what belongs to a character that both know: its embedding and its row of
-    the output. A capital letter that was not known begins as its small one.
+    That is every level, and for each character that both know its vector and its row of the head's
+    weight. The head's bias stays: it holds the frequencies of the new list.
+    Returns the characters that were copied.
     """
-    rows, known = [0], [0]  # the end token, whichever character it is
-    for char, i in vocab.index.items():
-        j = trained_vocab.index.get(char, trained_vocab.index.get(char.lower()))
-        if i and j:
-            rows.append(i)
-            known.append(j)
-    embedding, *levels, weight, bias = zip(net.parameters(), trained.parameters(), strict=True)
-    for new, old in levels:
-        new.copy_(old)
-    for new, old in embedding, weight, bias:
-        new[rows] = old[known]
+    known = {0: 0}  # the end token, whichever character it is
+    for char, i in list(vocab.stoi.items())[1:]:
+        j = pretrained_vocab.stoi.get(char) or pretrained_vocab.stoi.get(other_case(char))
+        if j:
+            known[i] = j
+    rows, old_rows = list(known), list(known.values())
+    for new, old in zip(net.parameters(), pretrained.parameters(), strict=True):
+        if new is net[0].weight or new is net[-1].weight:
+            new[rows] = old[old_rows]
+        elif new is not net[-1].bias:
+            new.copy_(old)
+    return vocab.decode(rows[1:])
