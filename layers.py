@@ -23,10 +23,7 @@ def index_select_backward(grad_out, index, n):
 
 
 class Embedding(nn.Module):
-    """A learned vector per token: (...) int64 -> (..., embedding_dim); Bengio et al., 2003.
-
-    Raises IndexError for a token outside 0 ... num_embeddings - 1.
-    """
+    """A learned vector per token: (...) int64 -> (..., embedding_dim); Bengio et al., 2003."""
 
     def __init__(self, num_embeddings, embedding_dim):
         super().__init__()
@@ -42,10 +39,9 @@ class Embedding(nn.Module):
 
 
 class FlattenConsecutive(nn.Module):
-    """Join n neighbours: (B, T, C) -> (B, T/n, C*n), and (B, C*n) when T/n is 1.
+    """Join n neighbours, as WaveNet does, arXiv:1609.03499: (B, T, C) -> (B, T/n, C*n).
 
-    Stacked with n = 2 it is the tree of dilated convolutions of WaveNet, arXiv:1609.03499.
-    Raises ValueError when T is not a multiple of n.
+    When T/n is 1 it is (B, C*n). Raises ValueError when T is not a multiple of n.
     """
 
     def __init__(self, n):
@@ -79,8 +75,8 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def backward(self, grad_out):
-        # y[r, o] = sum_i weight[o, i] x[r, i] + bias[o], so the gradient of each factor is grad_out
-        # times the other factor, summed over the index that the factor lacks.
+        # y[r, o] = sum_i weight[o, i] x[r, i] + bias[o]: the gradient of each factor is grad_out
+        # times the other factor, summed over the index that it lacks.
         rows = grad_out.reshape(-1, self.out_features)
         self.weight.grad = rows.T @ self.saved[0].reshape(-1, self.in_features)
         if self.bias is not None:
@@ -160,9 +156,8 @@ class Tanh(nn.Module):
 
 
 class Dropout(nn.Module):
-    """In training, each channel of (..., C) is 0 with probability p < 1, else divided by 1 - p.
-
-    One draw serves the whole batch: each step trains a thinner network, arXiv:1207.0580.
+    """In training, each channel of a batch is 0 with probability p, else / (1 - p): a thinner
+    network for each step, arXiv:1207.0580. torch.nn draws for each value.
     """
 
     def __init__(self, p=0.5):
@@ -206,7 +201,7 @@ def has_fast_way(net):
 
 
 class Level(NamedTuple):
-    """The R distinct pairs of a level: pair r joins the rows children[2r : 2r + 2] below it."""
+    """The R distinct pairs of a level: pair r joins the rows children[2r : 2r + 2] of n_below."""
 
     children: torch.Tensor  # (2R,) int64
     n_below: int
@@ -218,14 +213,10 @@ def distinct_rows(net, contexts):
     r"""K minibatches (K, B, T) int64 -> for each its Levels, and row_ids (B,) into the last level.
 
     Without the fast way, for each its contexts. Most of a window is padding, and many names begin
-    alike, so few pairs are distinct. Contexts "..an" and "..en" with the tokens . a e n:
+    alike, so few pairs are distinct. "..an" and "..en", with the tokens . a e n as rows 0 1 2 3:
 
-        tokens   .    a    e    n      rows 0 1 2 3
-                 | \    \  /|  / |
-        pairs    ..     an   en        children 0 0  1 3  2 3   weights 2/4 1/4 1/4   n 4
-                   \  \/    /
-        fours    ..an  ..en            children 0 1  0 2        weights 1/2 1/2       n 2
-                                       row_ids 0 1
+        pairs    ..   an   en     children 0 0  1 3  2 3    weights 2/4 1/4 1/4    n 4
+        fours    ..an   ..en      children 0 1  0 2         weights 1/2 1/2        n 2
     """
     if not has_fast_way(net):
         return list(contexts)

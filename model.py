@@ -26,6 +26,8 @@ CASE_MARK = "\x0e"  # before a letter: the other case of it; a control character
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Soft hyphen, zero-width space, byte order mark, bidi marks; not the joiners, which spell words.
 INVISIBLE = re.compile("[\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+BINARY = {b"xl/": "an Excel workbook", b"word/": "a Word document", b"PK": "a zip file"}
+BINARY[b"\x1f\x8b"] = "a gzip file"
 NUMBERED = re.compile(r"\d+[\s.,:;)-]+\D|.*\D[\s,:;]+\d[\d.,]*%?$")
 MAX_CHARACTERS, MAX_LINE = 2**28, 2**15  # of a list, as a pipe might never end, and of a line
 MAX_SIZE, MAX_BLOCK_SIZE = 4096, 1024  # of a network
@@ -53,13 +55,12 @@ def read_lines(path):
     Raises OSError when it cannot be read, and ValueError when it is no text.
     """
     with named(path), open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-        head, total = file.peek(), 0
-        if head.startswith((b"PK\x03\x04", b"\x1f\x8b")):
-            kinds = {b"xl/": "an Excel workbook", b"word/": "a Word document", b"PK": "a zip file"}
-            kind = next((kind for mark, kind in kinds.items() if mark in head), "a gzip file")
-            raise ValueError(f"{path} is {kind}: save its names as a text file, one per line")
+        head = file.peek()
+        for mark, kind in BINARY.items():
+            if head[:2] in (b"PK", b"\x1f\x8b") and mark in head:
+                raise ValueError(f"{path} is {kind}: save its names as text, one per line")
         utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig")
+        text, total = io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig"), 0
         try:
             while line := text.readline(MAX_LINE + 1):
                 total += len(line)
@@ -74,39 +75,36 @@ def read_lines(path):
 
 
 def read_column(path, lines, column):
-    """Yield the fields of one column of a table: its number from 1, or its name in the first row.
-
-    Raises ValueError when it has no such column.
-    """
+    """Yield the fields of a table's column: its number from 1, or its name in the first row."""
     head = list(islice(lines, 100))
     rows = csv.reader(chain(head, lines), delimiter=max(",;\t", key="".join(head).count))
-    header = [] if column.isdecimal() else [name.strip() for name in next(rows, [])]
-    i = header.index(column) if column in header else int(column) - 1 if not header else 2**31
-    found = False
     try:
+        names = [] if column.isdecimal() else [name.strip() for name in next(rows, [])]
+        i, found = names.index(column) if names else int(column) - 1, False
         for row in rows:
             found |= i < len(row)
             yield row[i] if i < len(row) else ""
-    except csv.Error as error:
-        raise ValueError(f"{path}, row {rows.line_num}, is no row of a table: {error}")
-    if not found:
-        raise ValueError(f"{path} has no column {column!r}; its first row is {head[:1]}")
+        if not found:
+            raise ValueError
+    except (csv.Error, ValueError) as error:
+        what = f"row {rows.line_num}: {error}" if isinstance(error, csv.Error) else head[:1]
+        raise ValueError(f"{path} has no column {column!r} ({what})") from None
 
 
 def refuse_table(path, lines, rows):
-    """Raise ValueError when the lines, of which `rows` are some without blanks, are no list."""
-    kind = None
-    if rows[0][0] in "[{":
-        with suppress(ValueError, RecursionError):
-            kind = json.loads("\n".join(lines)) and "JSON"
-    counts = [sum(NUMBERED.match(row) is not None for row in rows)]
+    """Raise ValueError when a file's lines, of which `rows` are some, are no list of names."""
+    counts, kind = [sum(NUMBERED.match(row) is not None for row in rows)], "a table"
     for delimiter in ",;\t":
         fields = Counter(len(next(csv.reader([row], delimiter=delimiter))) for row in rows)
         counts += [count for n, count in fields.items() if n > 1]
     if len(rows) == 1 and max(counts):
         raise ValueError(f"one name per line: the file {path} has one line, {rows[0][:60]!r}")
-    if kind or max(counts) >= 0.9 * len(rows):
-        what = f"{path} looks like {kind or 'a table'}, not like names: {rows[0][:60]!r}"
+    if rows[0][0] in "[{":
+        with suppress(ValueError, RecursionError):
+            json.loads("\n".join(lines))
+            counts, kind = [len(rows)], "JSON"
+    if max(counts) >= 0.9 * len(rows):
+        what = f"{path} looks like {kind}, not like names: {rows[0][:60]!r}"
         raise ValueError(f"{what}. Take one column (--column 1), or all as it is (--column 0)")
 
 
@@ -114,7 +112,7 @@ def read_names(path, column=None, log=lambda message: None):
     """The distinct names of a file, as normalize() gives them, in the order of their first rows.
 
     `column` is that of a table, as for read_column(), or "0" for the lines as they are; log() is
-    told what does not count. Raises OSError and ValueError, as above, and for control characters.
+    told what does not count. Raises OSError, and ValueError for what is no list of names.
     """
     lines = read_lines(path)
     if column not in (None, "0"):
@@ -145,10 +143,10 @@ def read_names(path, column=None, log=lambda message: None):
 
 
 def sha256(names):
-    """What tells a list of names from others: the SHA-256 of its lines, in hexadecimal digits."""
+    """The SHA-256 of a list, by which it is known again."""
     digest = hashlib.sha256()
-    for i in range(0, len(names), 100_000):  # in parts: a list of ten million fits
-        digest.update("".join(f"{name}\n" for name in names[i : i + 100_000]).encode())
+    for name in names:
+        digest.update(f"{name}\n".encode())
     return digest.hexdigest()
 
 
@@ -235,18 +233,14 @@ def contexts_and_targets(tokens):
 class WaveNet(nn.Sequential):
     """The network: contexts (B, block_size) int64 -> logits (B, vocab_size).
 
-    log2(block_size) levels join the positions pair by pair, each FlattenConsecutive(2), Linear,
-    BatchNorm1d, Tanh: (B, T, C) -> (B, T/2, 2C) -> (B, T/2, n_hidden). It is the tree of dilated
-    convolutions of WaveNet, arXiv:1609.03499, seen through one output. With dropout > 0 a Dropout
-    follows each Tanh. Raises ValueError when block_size is not a power of two from 2 to 1024, for
-    sizes beyond 4096, and for contexts of another length.
+    log2(block_size) levels join the positions pair by pair, (B, T, C) -> (B, T/2, 2C) ->
+    (B, T/2, n_hidden): the tree of dilated convolutions of WaveNet, arXiv:1609.03499, seen through
+    one output. Raises ValueError when block_size is not a power of two of at least 2.
     """
 
     def __init__(self, vocab_size, block_size, n_embd, n_hidden, dropout=0.0):
-        if block_size not in [2**i for i in range(1, 11)]:
-            raise ValueError(f"block_size must be a power of two from 2 to 1024, not {block_size}")
-        if max(n_embd, n_hidden) > MAX_SIZE:
-            raise ValueError(f"n_embd and n_hidden are at most {MAX_SIZE}: {n_embd}, {n_hidden}")
+        if block_size < 2 or block_size & (block_size - 1):
+            raise ValueError(f"block_size must be a power of two of at least 2, not {block_size}")
         layers, n_in = [Embedding(vocab_size, n_embd)], n_embd
         for _ in range(block_size.bit_length() - 1):
             linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would cancel a bias
@@ -264,17 +258,9 @@ class WaveNet(nn.Sequential):
         self.config = dict(
             vocab_size=vocab_size, block_size=block_size, n_embd=n_embd, n_hidden=n_hidden
         )
-        # A hook, not forward(): so a forward() of your own is noticed by layers.has_fast_way().
-        self.register_forward_pre_hook(check_contexts)
 
     def __getitem__(self, i):  # nn.Sequential would make a slice with WaveNet(...)
         return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
-
-
-def check_contexts(net, args):
-    T = net.config["block_size"]
-    if args[0].shape[1:] != (T,):
-        raise ValueError(f"contexts must be (B, {T}), not {tuple(args[0].shape)}")
 
 
 def layer_names(net):
@@ -324,20 +310,21 @@ def read_checkpoint(path, keys, advice):
 
     Raises ValueError, which ends with the advice, when there is none, or it is damaged or another.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is no file: {advice}")
-    content, size = None, os.path.getsize(path)
+    content = None
     try:
+        size = os.path.getsize(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            # As torch.save() writes them; so no damage to these two fields goes unnoticed, and
-            # nothing is larger in memory than in the file.
+            # All sums are checked, and these two fields, which have none, are as torch.save() has
+            # them. Nothing is larger in memory than in the file.
             plain = all(entry.external_attr == entry.compress_type == 0 for entry in entries)
             if plain and sum(entry.file_size for entry in entries) <= size:
                 content = archive.testzip() or torch.load(path, "cpu", weights_only=True)
         tensors = list(tensors_in(content))
         if not all(t.is_contiguous() for t in tensors) or sum(t.nbytes for t in tensors) > size:
             content = None
+    except FileNotFoundError:
+        raise ValueError(f"{path} is no file: {advice}")
     except (OSError, MemoryError):
         raise
     except Exception:  # whatever zipfile and torch raise for a file that is not theirs
@@ -355,7 +342,7 @@ CHECKPOINT = "config", "vocab", "layers", "metadata", "state_dict"
 
 
 def save(path, net, vocab, metadata):
-    """Write a network: sizes, vocabulary, layers, how it was trained (a dict), state dict."""
+    """Write a network: sizes, vocabulary, layers, how it was trained (a dict), weights."""
     content = net.config, vocab.chars, layer_names(net), metadata, dict(net.state_dict())
     write_checkpoint(path, dict(zip(CHECKPOINT, content)))
 
@@ -369,11 +356,13 @@ def load(path):
     checkpoint = read_checkpoint(path, CHECKPOINT, advice)
     config, chars, layers, metadata, state = (checkpoint[key] for key in CHECKPOINT)
     try:
-        vocab, sizes = Vocabulary([chars[1:]]), {size for t in state.values() for size in t.shape}
-        whole = vocab.chars == chars and len(chars) == config["vocab_size"]
-        whole &= not CONTROL.search(chars[1:].replace(CASE_MARK, "")) and dict(metadata) == metadata
-        whole &= {config["vocab_size"], config["n_embd"], config["n_hidden"]} <= sizes
-        net = WaveNet(**config) if whole else None
+        vocab, shapes = Vocabulary([chars[1:]]), {size for t in state.values() for size in t.shape}
+        fits = {config["vocab_size"], config["n_embd"], config["n_hidden"]} <= shapes
+        fits &= (
+            config["block_size"] <= MAX_BLOCK_SIZE and max(shapes - {len(chars)}) <= 2 * MAX_SIZE
+        )
+        fits &= vocab.chars == chars and not CONTROL.search(chars[1:].replace(CASE_MARK, ""))
+        net = WaveNet(**config) if fits and isinstance(metadata, dict) else None
         same = net and layer_names(net) == layers
         if same:
             net.load_state_dict(state)
@@ -382,24 +371,21 @@ def load(path):
     if not net:
         raise ValueError(f"{path} holds something else: {advice}")
     if not same:
-        raise ValueError(f"{path} has other layers than this model.py: train it anew")
+        raise ValueError(f"{path} has other layers than this model.py: {advice}")
     return net.eval(), vocab, metadata
 
 
 @torch.no_grad()
 def load_pretrained(net, vocab, pretrained, pretrained_vocab):
-    """Copy into `net` what a trained network of the same sizes, but for vocab_size, has learned.
+    """Copy what a trained network of the same sizes has learned -> the characters that both know.
 
-    That is every level, and for each character that both know its vector and its row of the head's
-    weight. The head's bias stays: it holds the frequencies of the new list.
-    Returns the characters that were copied.
+    For these, their vectors and rows of the head's weight; and every level between. The head's bias
+    stays: it holds the frequencies of the new list.
     """
-    known = {0: 0}  # the end token, whichever character it is
-    for char, i in list(vocab.stoi.items())[1:]:
-        j = pretrained_vocab.stoi.get(char) or pretrained_vocab.stoi.get(other_case(char))
-        if j:
-            known[i] = j
-    rows, old_rows = list(known), list(known.values())
+    stoi = pretrained_vocab.stoi
+    known = {i: stoi.get(c) or stoi.get(other_case(c)) for i, c in enumerate(vocab.chars)}
+    rows = [0] + [i for i, old in known.items() if old]  # 0: whatever character ends a name
+    old_rows = [known[i] or 0 for i in rows]
     for new, old in zip(net.parameters(), pretrained.parameters(), strict=True):
         if new is net[0].weight or new is net[-1].weight:
             new[rows] = old[old_rows]

@@ -147,6 +147,13 @@ def command(*words):
     return f"python {subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)}"
 
 
+def new_parser(description):
+    wide = partial(argparse.HelpFormatter, max_help_position=28, width=100)
+    parser = argparse.ArgumentParser(description=description, formatter_class=wide)
+    parser.error = fail
+    return parser
+
+
 def bounded(kind, low, high):
     """An argparse type: a number of `kind` from low to high."""
 
@@ -186,9 +193,7 @@ def run_cli(function):
 
 
 def build_parser():
-    wide = partial(argparse.HelpFormatter, max_help_position=28, width=100)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide)
-    parser.error = fail
+    parser = new_parser(__doc__)
     add = parser.add_argument_group("which names").add_argument
     count, length = bounded(int, 1, 10**9), bounded(int, 1, MAX_LENGTH)
     add("-n", "--num-samples", type=count, metavar="N", default=20, help="how many (20)")
