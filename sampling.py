@@ -1,6 +1,10 @@
 """Print new names, drawn character by character from a trained network."""
 
 import argparse
+import base64
+import bisect
+import gzip
+import json
 import math
 import os
 import re
@@ -15,16 +19,18 @@ from itertools import islice
 
 import torch
 
-from layers import distinct_rows, forward
-from model import contexts_and_targets, load, normalize, read_lines, read_names, sha256, windows
+import model
+from layers import BatchNorm1d, distinct_rows, forward, has_fast_way
+from model import contexts_and_targets, load, normalize, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NAMES, MODEL = os.path.join(HERE, "names.txt"), os.path.join(HERE, "model_state.pth")
 BATCH = 8192  # names drawn at once
 MAX_LENGTH = 1000  # characters of a name; a network that never ends one would go on for ever
 MAX_MISSES = 10**6  # draws in a row that find nothing, after which it gives up
-NOT_FINITE = "the network's weights are too large or no numbers: train it anew"
 PAUSE = 2  # seconds until it says how many were found
+POOL = 20  # --best looks at so many times the names asked for
+NOT_FINITE = "the network's weights are too large or no numbers: train it anew"
 
 
 # Drawing and scoring
@@ -43,10 +49,9 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MA
     device, T = next(net.parameters()).device, net.config["block_size"]
     tokens = torch.tensor([[0] * T + vocab.encode(start)]).repeat(n, 1)
     alive = torch.arange(n)  # the names that have not come to their end
-    limit = T + max_length * (2 if vocab.mark else 1)
-    while len(alive) and tokens.shape[1] <= limit:
-        contexts = tokens[alive, -T:].to(device)
-        (rows,) = distinct_rows(net, contexts[None])
+    longest = T + max_length * (2 if vocab.mark else 1)
+    while len(alive) and tokens.shape[1] <= longest:
+        (rows,) = distinct_rows(net, tokens[None, alive, -T:].to(device))
         logits = forward(net.eval(), rows).double().cpu()
         if not logits.isfinite().all():
             raise ValueError(NOT_FINITE)
@@ -65,22 +70,21 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MA
     return [name for name in names if 0 < len(name) <= max_length]
 
 
-def sample_matching(sample, n, batch=BATCH, min_length=1, pattern=re.compile(""), known=None):
-    """Yield n names that sample(size <= batch) draws: those long enough that match the pattern.
+def sample_matching(sample, n, batch=BATCH, accept=lambda name: True, once=False):
+    """Yield n names that sample(size <= batch) draws and accept(name) likes, each `once` or not.
 
-    With `known`, only names that are not in there, each once. It ends, and says so on stderr, after
-    MAX_MISSES draws in a row that find nothing; after 2, 4, 8 ... seconds the count is shown.
+    It ends, and says so on stderr, after MAX_MISSES draws in a row that find nothing.
     """
-    begin, pause, seen = time.monotonic(), PAUSE, set(known or ())
+    begin, pause, seen = time.monotonic(), PAUSE, set()
     drawn = found = last = 0  # last: how many were drawn up to the last find
     while found < n and drawn - last < MAX_MISSES:
-        # As many as should be needed, going by the share of those drawn that were wanted.
+        # As many as should be needed, going by the share of those drawn that were accepted.
         size = min(batch, (n - found) * (drawn + 1) // (found + 1))
         drawn += size
         for name in map(normalize, sample(size)):
-            if found < n and len(name) >= min_length and name not in seen and pattern.search(name):
+            if found < n and name not in seen and accept(name):
                 found, last = found + 1, drawn
-                if known is not None:
+                if once:
                     seen.add(name)
                 yield name
         if time.monotonic() - begin > pause:
@@ -100,8 +104,7 @@ def token_losses(net, tokens, scales=(1.0,)):
     bias = 0.0 if bias is None else bias
     for part in tokens.split(min(8192, 2**25 // net.config["vocab_size"])):
         contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
-        (rows,) = distinct_rows(net, contexts[None])
-        logits = forward(net, rows)
+        logits = forward(net, distinct_rows(net, contexts[None])[0])
         log_probs = [(bias + scale * (logits - bias)).log_softmax(1) for scale in scales]
         losses.append(torch.cat([-each.gather(1, targets.unsqueeze(1)) for each in log_probs], 1))
     return torch.cat(losses).cpu()
@@ -126,6 +129,18 @@ def score(net, vocab, names):
     return losses.tolist()
 
 
+@torch.no_grad()
+def next_chances(net, vocab, text=""):
+    """{character: its chance after `text`}, likeliest first; that of the end is under vocab.end."""
+    T = net.config["block_size"]
+    tokens = [0] * T + vocab.encode(text)
+    after = net.eval()(torch.tensor([tokens[-T:], (tokens + [vocab.mark or 0])[-T:]])).softmax(1)
+    chances = {}
+    for char, (*mark, token) in vocab.tokens_of.items():  # p(mark) * p(letter) where it is marked
+        chances[char] = (after[0, mark[0]] * after[1, token] if mark else after[0, token]).item()
+    return dict(sorted(chances.items(), key=lambda item: -item[1]))
+
+
 # What both command lines share
 
 
@@ -137,21 +152,9 @@ def log(message):
 
 
 def fail(message):
-    """The end of the command: one line on stderr, exit status 2."""
+    """End the command: one line on stderr, exit status 2."""
     log(f"{os.path.basename(sys.argv[0])}: error: {message}")
     sys.exit(2)
-
-
-def command(*words):
-    """The command line to type for `python WORDS ...`."""
-    return f"python {subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)}"
-
-
-def new_parser(description):
-    wide = partial(argparse.HelpFormatter, max_help_position=28, width=100)
-    parser = argparse.ArgumentParser(description=description, formatter_class=wide)
-    parser.error = fail
-    return parser
 
 
 def bounded(kind, low, high):
@@ -165,16 +168,37 @@ def bounded(kind, low, high):
     return number
 
 
+def parse(parser, argv):
+    """(all flags, {name: value} of those that were given)."""
+    parser.error = fail
+    args = parser.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # its values win over the defaults
+    return args, {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+
+
+def refuse_flags(given, allowed, why):
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
+
+
+def command(*words):
+    """What to type for `python WORDS ...`."""
+    return f"python {subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)}"
+
+
 def run_cli(function):
-    """function(), where every error that a user can mend is one line on stderr, with status 2."""
+    """Exit with the status of function(); what a user can mend is one line on stderr, status 2."""
     warnings.simplefilter("ignore")  # from libraries: users could do nothing about them
     sys.stdout = sys.stdout or open(os.devnull, "w")  # closed before the start
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         encoding = None if sys.stdout.isatty() else "utf-8"
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
-        function()
+        status = function()
         sys.stdout.flush()
+        if status:
+            sys.exit(status)
     except (KeyboardInterrupt, BrokenPipeError) as error:  # the reader may have had enough
         sys.stdout = open(os.devnull, "w")  # nothing more to flush at the end
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 141)
@@ -191,73 +215,101 @@ def run_cli(function):
 
 # The command line of this one
 
+MODES = {"score": ["best", "num_samples"], "explain": [], "page": ["new", "data", "column"]}
+
 
 def build_parser():
-    parser = new_parser(__doc__)
-    add = parser.add_argument_group("which names").add_argument
+    wide = partial(argparse.HelpFormatter, max_help_position=26, width=100)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide)
     count, length = bounded(int, 1, 10**9), bounded(int, 1, MAX_LENGTH)
-    add("-n", "--num-samples", type=count, metavar="N", default=20, help="how many (20)")
-    add("--start", metavar="TEXT", default="", help="names that begin with this text")
+    seed, threads = bounded(int, 0, 2**32 - 1), bounded(int, 1, 1024)
+    add = parser.add_argument_group("which names").add_argument
+    add("-n", "--num-samples", type=count, metavar="N", default=20, help="how many: -n 100 (20)")
+    add("--start", metavar="TEXT", default="", help="names that begin with it: --start jo")
     add("--min-length", type=count, metavar="N", default=1, help="of at least N characters")
-    add("--max-length", type=length, metavar="N", default=MAX_LENGTH, help="of at most N")
-    add("--match", metavar="REGEX", default="", help="in which this regular expression is found")
+    add(
+        "--max-length", type=length, metavar="N", default=MAX_LENGTH, help="of at most N characters"
+    )
+    add("--match", metavar="REGEX", default="", help="that match: --match '^j.*n$', from j to n")
     add("--new", action="store_true", help="that are not in the list it was trained on, each once")
-    add("--data", metavar="LIST", help="the list for --new (names.txt)")
+    add("--min-edits", type=length, metavar="D", help="new, at least D edits from any in the list")
+    add("--best", action="store_true", help="the best of 20 times as many that fit all other flags")
+    add("--data", metavar="LIST", help="the list it was trained on: --new --data elves.txt")
     add("--column", metavar="C", help="of a table: the number or the heading of its column")
     add = parser.add_argument_group("how they are drawn").add_argument
-    add("--model", metavar="FILE", default=MODEL, help="the network, as train.py wrote it")
-    positive = bounded(float, 1e-6, 1e6)
-    add("--temperature", type=positive, metavar="T", default=1.0, help="below 1 more usual names")
-    add("--top-k", type=count, metavar="K", help="only from the K likeliest characters")
-    seed, threads = bounded(int, 0, 2**32 - 1), bounded(int, 1, 1024)
-    add("--seed", type=seed, metavar="N", help="for the same names again")
+    add("--model", metavar="FILE", default=MODEL, help="the network: --model elves.pth")
+    temperature = bounded(float, 0, 1e6)
+    add("--temperature", type=temperature, metavar="T", default=1.0, help="below 1 more usual: 0.7")
+    add("--top-k", type=count, metavar="K", help="only from the K likeliest characters: --top-k 3")
+    add("--seed", type=seed, metavar="N", help="for the same names again: --seed 1")
     add("--threads", type=threads, metavar="N", default=1, help="processor cores to use (1)")
     add = parser.add_argument_group("instead of drawing").add_argument
-    add("--score", metavar="FILE", help="print each name of this file with its loss; -: of stdin")
+    add(
+        "--score",
+        metavar="FILE",
+        help="for each line its loss, the percentage of held-out names "
+        "of the list that fit worse, the line; - is standard input; with --best -n 10 the best 10",
+    )
+    add("--explain", nargs="+", metavar="NAME", help="where a name fits, character by character")
+    add("--page", metavar="FILE", help="write a web page that draws names: --page names.html")
     return parser
 
 
 def main(argv=None):
-    parser = build_parser()
-    run_cli(lambda: run(parser.parse_args(argv)))
+    run_cli(lambda: run(*parse(build_parser(), argv)))
 
 
-def print_scores(path, net, vocab, batch):
-    """For each line of a file that holds a name: its loss, tab, the name."""
-    names, unknown = filter(None, map(normalize, read_lines(path))), 0
-    while part := list(islice(names, batch)):
-        losses = score(net, vocab, part)
-        print("\n".join(f"{loss:.4f}\t{name}" for loss, name in zip(losses, part)))
-        unknown += losses.count(math.inf)
-    if unknown:
-        log(f"names with characters that the network does not know: {unknown:,}")
-
-
-def known_names(args, metadata):
-    """The list that the network was trained on."""
-    names = read_names(args.data or NAMES, args.column)
-    if args.data is None and sha256(names) != metadata.get("names"):
-        raise ValueError(f"{args.model} was not trained on names.txt: add --data LIST, its list")
-    return names
-
-
-def run(args):
-    """Print what was asked for."""
+def run(args, given):
+    """Do what was asked for -> exit status."""
     torch.set_num_threads(args.threads)
+    for mode, allowed in MODES.items():
+        if mode in given:
+            refuse_flags(
+                given, ["model", "threads", mode, *allowed], f"means nothing with --{mode}"
+            )
+    args.new |= args.min_edits is not None
+    net, vocab, metadata = load(args.model)
+    if args.score is not None:
+        return print_scores(args, net, vocab, metadata)
+    if args.explain:
+        for name in args.explain:
+            print(explain(net, vocab, normalize(name)))
+        return 0
+    known = read_known(args, metadata)
+    if args.page:
+        return write_page(args.page, net, vocab, args.data or args.model, args.new and known)
+    return print_names(args, net, vocab, metadata, known)
+
+
+def read_known(args, metadata):
+    """The names that the network was trained on, None where they are not at hand."""
+    if args.data is None and args.column is not None:
+        raise ValueError("--column is that of a list: add --data LIST")
+    try:
+        names = model.read_names(args.data or NAMES, args.column)
+    except OSError:
+        if args.new or args.data:
+            raise
+        return None
+    if model.sha256(names) == metadata.get("names"):
+        return names
+    if args.data is None and args.new:
+        raise ValueError(f"{args.model} was not trained on names.txt: add --data LIST, its list")
+    return names if args.new else None
+
+
+def print_names(args, net, vocab, metadata, known):
+    """Draw names and print them -> 1 when there are fewer than were asked for."""
     start = normalize(f"{args.start}|")[:-1]  # blanks at its end count
-    if not args.new and (args.data is not None or args.column is not None):
-        raise ValueError("--data and --column are about the list for --new: add --new")
     if max(len(start), args.min_length) > args.max_length:
         raise ValueError(f"--start or --min-length is longer than --max-length {args.max_length}")
+    if args.temperature == 0:
+        raise ValueError("--temperature 0 is always the likeliest character: that is --top-k 1")
     try:
         pattern = re.compile(args.match)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"--match {args.match!r} is not a regular expression: {error}")
-    net, vocab, metadata = load(args.model)
-    batch = min(BATCH, 2**22 // len(vocab))
-    if args.score is not None:
-        return print_scores(args.score, net, vocab, batch)
-    known = known_names(args, metadata) if args.new else None
+    batch, in_list = min(BATCH, 2**22 // len(vocab)), set(known or ())
     torch.manual_seed(torch.seed() if args.seed is None else args.seed)
 
     def sample(size):
@@ -266,8 +318,114 @@ def run(args):
             raise ValueError(f"{args.model}: none of {size:,} names ended within {MAX_LENGTH:,}")
         return names
 
-    for name in sample_matching(sample, args.num_samples, batch, args.min_length, pattern, known):
+    def accept(name):
+        fits = args.min_length <= len(name) <= args.max_length and name.startswith(start)
+        fits = fits and not (args.new and name in in_list) and pattern.search(name) is not None
+        return fits and not (args.min_edits and close(name, known, score_cutoff=args.min_edits - 1))
+
+    if args.min_edits:
+        from rapidfuzz import distance, process  # not before it is needed
+
+        close = partial(process.extractOne, scorer=distance.Levenshtein.distance)
+    n = args.num_samples
+    names = sample_matching(sample, n * (POOL if args.best else 1), batch, accept, once=args.new)
+    if args.best:
+        names = list(dict.fromkeys(names))
+        names = [name for _, name in sorted(zip(score(net, vocab, names), names))][:n]
+    found = repeated = 0
+    for name in names:
         print(name)
+        found, repeated = found + 1, repeated + (name in in_list)
+    if repeated:
+        log(f"{repeated:,} of {found:,} are in {args.data or 'names.txt'}: --new leaves them out")
+    return int(found < n)
+
+
+def print_scores(args, net, vocab, metadata):
+    """For each line of a file its loss, the percentage that fits worse, and the line itself."""
+    lines, unknown, quantiles, rows = model.read_lines(args.score), 0, metadata.get("quantiles"), []
+    while part := list(islice(lines, 10_000)):
+        losses = score(net, vocab, [normalize(line) for line in part])
+        for loss, line in zip(losses, part):
+            worse = max(0, 100 - bisect.bisect_left(quantiles, loss)) if quantiles else "-"
+            row = f"{loss:.4f}\t{worse}\t{line}" if line.strip() else ""
+            unknown += loss == math.inf
+            if not args.best:
+                print(row)
+            elif row:
+                rows.append((loss, line, row))
+    best = sorted(dict.fromkeys(rows))[: args.num_samples]
+    print("".join(f"{row}\n" for _, _, row in best), end="")
+    if unknown:
+        log(f"names with characters that the network does not know: {unknown:,}")
+
+
+def explain(net, vocab, name):
+    """A line for each character: the text so far, its chance, its share, the five likeliest."""
+    chances = [next_chances(net, vocab, name[:i]) for i in range(len(name) + 1)]
+    came = [each[char] for each, char in zip(chances, name + vocab.end)]
+    losses = [-math.log(max(chance, 1e-300)) for chance in came]
+    lines = [f"{name}: {sum(losses) / len(losses):.4f} nats per character"]
+    for i, (each, chance, loss) in enumerate(zip(chances, came, losses)):
+        likeliest = ", ".join(
+            f"{shown(vocab, char)} {p:.0%}" for char, p in islice(each.items(), 5)
+        )
+        weakest = " <- weakest" if loss == max(losses) else ""
+        step = f"{name[:i]}[{shown(vocab, (name + vocab.end)[i])}]"
+        numbers = f"{chance:6.1%}  {loss / sum(losses):4.0%} of the loss"
+        lines.append(f"{step:{len(name) + 6}} {numbers}  {likeliest}{weakest}")
+    return "\n".join(lines)
+
+
+def shown(vocab, char):
+    return "end" if char == vocab.end else char
+
+
+# A page that draws names
+
+
+def packed(tensor):
+    """A vector as base64 of float32; a matrix as int8 with one float32 scale per row."""
+    if tensor.dim() == 1:
+        return base64.b64encode(tensor.numpy().tobytes()).decode()
+    scale = tensor.abs().amax(1).clamp(min=1e-30) / 127
+    values = base64.b64encode((tensor / scale.unsqueeze(1)).round().char().numpy().tobytes())
+    sizes = {"rows": len(tensor), "columns": tensor.shape[1]}
+    return sizes | {"scale": packed(scale), "values": values.decode()}
+
+
+@torch.no_grad()
+def page_layers(net):
+    """The layers in eval mode as plain values, each BatchNorm1d folded into the Linear before."""
+    stack = []
+    for layer in net:
+        entry = {"class": type(layer).__name__, "n": getattr(layer, "n", None)}
+        entry |= {"bias": None} | dict(layer.named_parameters())
+        if isinstance(layer, BatchNorm1d):
+            scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
+            entry |= {"weight": scale, "bias": layer.bias - layer.running_mean * scale}
+            if stack[-1]["class"] == "Linear":
+                linear = stack.pop()
+                bias = 0.0 if linear["bias"] is None else linear["bias"]
+                linear["weight"] = linear["weight"] * scale.unsqueeze(1)
+                entry = linear | {"bias": entry["bias"] + scale * bias}
+        stack += [entry] * (entry["class"] != "Dropout")
+    return [{k: packed(v) if torch.is_tensor(v) else v for k, v in e.items()} for e in stack]
+
+
+def write_page(path, net, vocab, title, names):
+    """Fill sampling.html with the network, and with the list where only new names are wanted."""
+    if not has_fast_way(net):
+        raise ValueError("--page knows the layers of layers.py alone, and this network has others")
+    with open(os.path.join(HERE, "sampling.html"), encoding="utf-8") as file:
+        before, after = file.read().split('id="network">null<')
+    network = {"config": net.config, "chars": list(vocab.chars), "mark": vocab.mark or -1}
+    network |= {"title": os.path.basename(title), "layers": page_layers(net), "names": None}
+    if names:
+        log(f"the page holds the list of {len(names):,} names: mind who may see it")
+        network["names"] = base64.b64encode(gzip.compress("\n".join(names).encode())).decode()
+    filled = json.dumps(network).replace("<", "\\u003c")  # no text in it ends the script
+    model.atomic_write(path, f'{before}id="network">{filled}<{after}'.encode())
 
 
 if __name__ == "__main__":

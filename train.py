@@ -7,7 +7,6 @@ import math
 import os
 import random
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -44,15 +43,17 @@ def split(names):
     return parts
 
 
+HPARAMS = (  # for at most so many training windows: dropout, truncate, steps; tests/RESULTS.md
+    (12_000, 0.35, 0.8, 15_000),
+    (90_000, 0.25, 0.8, 80_000),
+    (math.inf, 0.15, 0.0, 200_000),
+)
+
+
 def default_hparams(n):
-    """The flags that suit a list of n training windows, as measured in tests/RESULTS.md."""
-    dropout = min(0.4, max(3000 / n, min(0.25, 5.7 / n**0.3)))
-    steps = min(200_000, max(n * 13 // 10, min(n * 4, 15_000)))
-    return {
-        "dropout": round(dropout, 3),
-        "truncate": round(min(0.8, max(0.0, 8 * (dropout - 0.15))), 3),
-        "steps": steps,
-    }
+    """{flag: value} that suits a list of n training windows."""
+    row = next(row for row in HPARAMS if n <= row[0])
+    return dict(zip(("dropout", "truncate", "steps"), row[1:]))
 
 
 def truncate(contexts, share, generator):
@@ -181,6 +182,8 @@ def validate(average, train_windows, val_windows, vocab, state):
     """Measure the averaged weights, and snapshot them when none were better."""
     recompute_statistics(average, train_windows, batches=1)
     loss, scale = calibrate(average, val_windows, vocab)
+    if not math.isfinite(loss):
+        raise ValueError(f"the validation loss is {loss} at step {state['step']:,}: lower --lr")
     state["curves"]["val"].append((state["step"], loss))
     if loss < state["best"]["loss"]:
         weights = copy.deepcopy(average.state_dict())
@@ -219,9 +222,8 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
         validate(average, train_windows, val_windows, vocab, state)
     for module in net.train().modules():
         module.track_running_stats = False  # only the average's are needed: validate() sets them
-    layout = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{remaining}, {rate_fmt}] {postfix}"
-    hidden = rank() > 0 or None  # None: where stderr is no terminal
-    bar = tqdm(total=steps, initial=state["step"], bar_format=layout, ncols=79, disable=hidden)
+    bar = tqdm(total=steps, initial=state["step"], dynamic_ncols=True, disable=rank() > 0 or None)
+    bar.bar_format = "{n_fmt}/{total_fmt} {remaining} {rate_fmt} {desc}"
     with bar, stop_signals() as signals:
         for step in range(state["step"], steps):
             torch.manual_seed(~(args.seed * 10**9 + step))  # for dropout; resuming repeats it
@@ -242,16 +244,16 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
             if (last or stop or (step + 1) % args.checkpoint_every == 0) and not rank():
                 save_state(state)
             if stop:
-                return stop
-    return 0
+                break
+    return agreed(signals, args.device)
 
 
 def report(bar, state, average, vocab, args):
     """The last losses and a new name, behind the bar; where there is no bar, on a line."""
     best, (_, val) = state["best"], state["curves"]["val"][-1]
-    names = sampling.generate(average, vocab, 1, temperature=usual(args), max_length=30)
+    names = sampling.generate(average, vocab, 1, temperature=usual(args), max_length=12)
     message = f"val {val:.3f} (best {best['loss']:.3f} at {best['step']}) {''.join(names)}"
-    bar.set_postfix_str(message, refresh=False)
+    bar.set_description_str(message, refresh=False)
     if bar.disable:
         log(f"step {state['step']:,} of {args.steps:,}: {message}")
 
@@ -368,12 +370,16 @@ WITHOUT_OUT = "resume seed threads device checkpoint_every".split()
 STATE = "step averaged loss_sum best curves pretrained state_dict average layers names args".split()
 
 
+def devices():
+    return ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+
+
 def build_parser():
-    parser = sampling.new_parser(__doc__)
+    wide = partial(argparse.HelpFormatter, max_help_position=26, width=100)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide)
     n, size, share = bounded(int, 1, 10**12), bounded(int, 1, model.MAX_SIZE), bounded(float, 0, 1)
     batch_size, dropout = bounded(int, 2, 10**6), bounded(float, 0, 0.99)
     positive, seed = bounded(float, 1e-6, 1e6), bounded(int, 0, 2**32 - 1)
-    devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     add = parser.add_argument_group("files").add_argument
     add("--data", metavar="LIST", help="a text file, one name per line (names.txt)")
     add("--column", metavar="C", help="of a table: the number or the heading of its column")
@@ -396,7 +402,7 @@ def build_parser():
     add("--seed", type=seed, metavar="N", default=1, help="another seed, another network (1)")
     threads = bounded(int, 1, 1024)
     add("--threads", type=threads, metavar="N", default=1, help="processor cores to use (1)")
-    add("--device", default="cpu", choices=devices, help="where to train (cpu)")
+    add("--device", default="cpu", choices=devices(), help="where to train (cpu)")
     add = parser.add_argument_group("network").add_argument
     blocks = [2**i for i in range(1, 11)]
     add(
@@ -447,28 +453,21 @@ def locked(path):
             os.remove(path)
 
 
-def refuse_flags(given, allowed, why):
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"--{name.replace('_', '-')} {why}")
-
-
 def main(argv=None):
-    parser = build_parser()
-    sampling.run_cli(lambda: run(parser, argv))
+    sampling.run_cli(lambda: run(*sampling.parse(build_parser(), argv)))
 
 
-def run(parser, argv):
-    """Start a training or go on with one: the only one that writes to its files."""
-    args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # its values win over the defaults
-    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+def run(args, given):
+    """Start a training or go on with one, the only one that writes to its files -> exit status."""
     if args.out is None:
-        refuse_flags(given, WITHOUT_OUT, "would change the shipped network: add --out FILE.pth")
-        with suppress(KeyError, OSError, RuntimeError):  # nothing to protect
-            shipped = torch.load(sampling.MODEL, weights_only=True)["layers"]
-            if shipped != model.layer_names(WaveNet(2, args.block_size, 1, 1)):
-                raise ValueError("the shipped network has other layers: add --out FILE.pth")
+        sampling.refuse_flags(
+            given, WITHOUT_OUT, "would change the shipped network: add --out FILE.pth"
+        )
+        own, shipped = model.layer_names(WaveNet(2, args.block_size, 1, 1)), None
+        with suppress(ValueError):  # where there is no network, none can be lost
+            shipped = model.read_checkpoint(sampling.MODEL, model.CHECKPOINT, "")["layers"]
+        if shipped not in (None, own):
+            raise ValueError("the shipped network has other layers: add --out FILE.pth")
     out, pretrained = os.path.realpath(args.out or sampling.MODEL), None
     if not out.endswith(".pth"):
         raise ValueError(f"--out {args.out} is no name like own.pth: choose one that ends in .pth")
@@ -476,20 +475,37 @@ def run(parser, argv):
     with process_group(args.device), nullcontext() if rank() else locked(f"{unfinished}.lock"):
         state = None
         if args.resume:
-            refuse_flags(given, WITH_RESUME, "cannot be given with --resume, which knows its flags")
+            sampling.refuse_flags(
+                given, WITH_RESUME, "cannot be given with --resume, which knows its flags"
+            )
             state = model.read_checkpoint(unfinished, STATE, "there is nothing to resume")
-            args = argparse.Namespace(**(state["args"] | given))
+            args = resumed(args, given, state["args"])
         elif os.path.exists(unfinished):
             raise ValueError(f"{unfinished} is an unfinished training: add --resume, or delete it")
         elif args.init_from:
-            refuse_flags(given, given.keys() - SIZES, f"is that of {args.init_from}: leave it out")
+            sampling.refuse_flags(
+                given, given.keys() - SIZES, f"is that of {args.init_from}: leave it out"
+            )
             pretrained = model.load(args.init_from)
             vars(args).update({name: pretrained[0].config[name] for name in SIZES})
         signum = train_list(args, state, pretrained, out, unfinished)
     if signum:
         words = ["train.py", "--resume"] + (["--out", args.out] if args.out else [])
         log(f"stopped; to go on: {sampling.command(*words)}")
-        sys.exit(128 + signum)
+    return signum and 128 + signum
+
+
+def resumed(args, given, saved):
+    """The flags of a saved training, and those given now."""
+    try:
+        flags = [f"--{name.replace('_', '-')}={saved[name]}" for name in RUN_ARGS]
+        args, _ = sampling.parse(build_parser(), flags)
+        vars(args).update({name: saved[name] for name in WITH_RESUME}, **given)
+    except (KeyError, TypeError):
+        raise ValueError("the unfinished training holds something else: delete it") from None
+    if args.device not in devices():
+        raise ValueError(f"it was trained on {args.device}, which is not here: add --device cpu")
+    return args
 
 
 def train_list(args, state, pretrained, out, unfinished):
@@ -507,21 +523,19 @@ def train_list(args, state, pretrained, out, unfinished):
     vars(args).update(chosen)
     if world_size() > 1:
         check_processes(args, sha256)
-    net = new_network(args, vocab, data["train"], pretrained)
-    describe(names, vocab, data, net, chosen)
+    net, given_weights = new_network(args, vocab, data["train"], pretrained)
     average, own = copy.deepcopy(net), {"layers": model.layer_names(net), "names": sha256}
     if new:
-        weights = [weight.detach().clone() for weight in net.parameters() if pretrained]
-        state = dict(step=0, averaged=0, loss_sum=0.0, best={"loss": math.inf}, pretrained=weights)
-        state["curves"] = {"train": [], "val": []}
-    elif own != {name: state[name] for name in own}:
-        raise ValueError(f"{unfinished} is of another list, or of other layers: give --data")
+        state = dict(step=0, averaged=0, loss_sum=0.0, best={"loss": math.inf})
+        state |= {"curves": {"train": [], "val": []}, "pretrained": given_weights}
     else:
-        net.load_state_dict(state["state_dict"])
-        average.load_state_dict(state["average"])
+        restore(state, own, net, average, unfinished)
+    describe(names, vocab, data, net, chosen)
     # Not copies but the weights themselves: whenever the state is saved they are those of its step.
     state |= own | {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
-    state["args"] = vars(args) | {"data": os.path.abspath(args.data)}
+    state["args"] = vars(args) | {
+        "data": args.data if args.data == "-" else os.path.abspath(args.data)
+    }
     save_state = partial(model.write_checkpoint, unfinished)
     fitting = data["train"], data["val"][: min(EVAL_WINDOWS[0], 2**25 // len(vocab))]
     try:
@@ -532,10 +546,34 @@ def train_list(args, state, pretrained, out, unfinished):
             finish(args, net, state, vocab, parts, data, fitting, out, picture)
             os.remove(unfinished)
         return signum
-    except ValueError:  # it diverged at once, or its network is refused: nothing to go on with
+    except (
+        ValueError,
+        MemoryError,
+        RuntimeError,
+    ):  # it diverged at once, or its network is refused: nothing to go on with
         if new and not rank() and not args.checkpoint_every <= state["step"] < args.steps:
             os.remove(unfinished)
         raise
+
+
+def restore(state, own, net, average, unfinished):
+    """Load the weights of a saved state. Raises ValueError when it belongs to another training."""
+    if own != {name: state[name] for name in own}:
+        raise ValueError(f"{unfinished} is of another list, or of other layers: give --data")
+    try:
+        net.load_state_dict(state["state_dict"])
+        average.load_state_dict(state["average"])
+        best, curves = state["best"], state["curves"]["train"] + state["curves"]["val"]
+        known = best["state_dict"] if state["step"] and curves else []
+        shapes = [weight.shape for weight in net.parameters()]
+        fits = [weight.shape for weight in state["pretrained"]] in ([], shapes)
+        fits &= len(known) in (0, len(net.state_dict())) and math.isfinite(state["loss_sum"])
+        fits &= all(len(point) == 2 for point in curves)
+        fits &= 0 <= state["step"] <= state["args"]["steps"] and state["averaged"] >= 0
+    except Exception:  # whatever is missing there, or of another type
+        fits = False
+    if not fits:
+        raise ValueError(f"{unfinished} holds something else: delete it and train anew")
 
 
 def check_files(args, out, picture, unfinished):
@@ -551,18 +589,21 @@ def check_files(args, out, picture, unfinished):
 
 
 def new_network(args, vocab, tokens, pretrained):
-    """The network of the seed, on --device; its bias knows the frequencies, so that training need
-    not unlearn rare tokens.
+    """(the network of the seed, on --device; the weights that it started from with --init-from).
+
+    Its bias knows the frequencies, so that training need not unlearn rare tokens.
     """
     torch.manual_seed(args.seed)
     net = WaveNet(len(vocab), args.block_size, args.n_embd, args.n_hidden, args.dropout)
     if getattr(net[-1], "bias", None) is not None:
         net[-1].bias.data = (token_counts(tokens, vocab) + 0.5).log().log_softmax(0)
+    weights = []
     if pretrained:
         took = model.load_pretrained(net, vocab, *pretrained[:2])
         log(f"from {args.init_from}: all levels, and the vectors of {len(took)} characters, {took}")
         log("if the two lists share names, the losses flatter")
-    return net.to(args.device)
+        weights = [weight.detach().clone() for weight in net.parameters()]
+    return net.to(args.device), weights
 
 
 def describe(names, vocab, data, net, chosen):

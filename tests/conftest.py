@@ -1,3 +1,6 @@
+"""What the tests share: running a script, refusing, a hook into the training, a tiny network."""
+
+import itertools
 import os
 import signal
 import subprocess
@@ -15,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 
 import matplotlib.figure  # noqa: F401  not in each fork anew
 
-import model
 import sampling
 import train
 
@@ -27,6 +29,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("default")
+
+# The sizes of a network that is trained within a second.
+SMALL = "--steps 40 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
 
 
 def run(script, *args, **kwargs):
@@ -42,8 +47,11 @@ def forked(main, *args, before=lambda: None):
         if pid == 0:
             status = 70
             try:
-                os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout = open(1, "w", closefd=False)
+                sys.stderr = open(2, "w", closefd=False)
+                sys.argv[0] = f"{main.__module__}.py"
                 before()
                 main(list(map(str, args)))
                 status = 0
@@ -52,28 +60,38 @@ def forked(main, *args, before=lambda: None):
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush(), sys.stderr.flush()
+                sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(status)
         _, status = os.waitpid(pid, 0)
-        out.seek(0), err.seek(0)
-        return subprocess.CompletedProcess(
-            args, os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode()
-        )
+        texts = []
+        for file in out, err:
+            file.seek(0)
+            texts.append(file.read().decode())
+        return subprocess.CompletedProcess(args, os.waitstatus_to_exitcode(status), *texts)
 
 
-def train_until(where, nth, signums, *args):
-    """Run train.py, which gets the signals as it calls the function `where` for the nth time."""
-    calls = iter(range(1, nth + 1))
-    module = model if where == "save" else train
-    original = getattr(module, where)
+def at_step(nth, action):
+    """For before=: the training calls action() as it comes to its nth step. The only hook."""
 
-    def call(*args, **kwargs):
-        if next(calls, None) == nth:
-            for signum in signums:
-                os.kill(os.getpid(), signum)
-        return original(*args, **kwargs)
+    def install():
+        train_step, calls = train.train_step, itertools.count(1)
 
-    return forked(train.main, *args, before=lambda: setattr(module, where, call))
+        def hooked(*args, **kwargs):
+            if next(calls) == nth:
+                action()
+            return train_step(*args, **kwargs)
+
+        train.train_step = hooked
+
+    return install
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    """A test may compute in float64: torch.set_default_dtype() lasts until its end."""
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -93,13 +111,11 @@ def refused(capsys):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with a short list of names and a network that was trained on it for a few steps."""
+    """A folder with a short list of names and a network that was trained on it for 40 steps."""
     folder = tmp_path_factory.mktemp("tiny")
     names = ["ada", "bea", "cleo", "dora", "edda", "finn", "gus", "hal", "ida", "jo", "kai", "lea"]
     (folder / "names.txt").write_text("\n".join(names) + "\n")
-    small = "--steps 40 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
-    process = forked(
-        train.main, "--data", folder / "names.txt", "--out", folder / "model.pth", *small
-    )
+    files = "--data", folder / "names.txt", "--out", folder / "model.pth"
+    process = forked(train.main, *files, *SMALL)
     assert process.returncode == 0, process.stderr
     return folder

@@ -1,71 +1,102 @@
-"""The vocabulary, the network against a torch.nn stack, the shared rows, and the checkpoint."""
+"""The vocabulary, windows, the network against a torch.nn stack, distinct rows, the file."""
 
-import io
-import pickle
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from test_layers import Flatten, Norm
 from torch import nn
 from torch.nn import functional as F
 
-from layers import Level, backward_distinct, distinct_rows, forward_distinct
+from layers import backward, distinct_rows, forward
 from model import (
-    END,
+    CASE_MARK,
     Vocabulary,
     WaveNet,
     contexts_and_targets,
     load,
+    load_pretrained,
     read_names,
     save,
-    transfer,
     windows,
-    write_tensors,
+    write_checkpoint,
 )
 
-texts = st.lists(
-    st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), min_size=1),
-    min_size=1,
-)
+# 'ß' and 'İ' have no other case of one character, 'Dž' is neither small nor a capital.
+letters = st.sampled_from("aAbBeEzßẞİıDŽDždžςσΣéÉ .'-名") | st.characters(exclude_categories=["C"])
+lists = st.lists(st.text(letters, min_size=1, max_size=9), min_size=1, max_size=9)
 
 
-@given(texts)
-def test_vocabulary(names):
-    vocab = Vocabulary(names)
-    assert vocab.chars[0] == vocab.end == ("\n" if "." in "".join(names) else END)
-    assert list(vocab.chars[1:]) == sorted(set("".join(names)))
-    assert len(vocab) == len(set("".join(names))) + 1
-    for name in names:
-        codes = vocab.encode(name + vocab.end)
-        assert codes[-1] == 0
-        assert all(vocab.chars[code] == char for code, char in zip(codes, name))
-        assert vocab.decode(codes) == name + vocab.end
+@given(lists, st.text(letters))
+@example(["İſK", "ǅǆ", "straßE"], "")
+def test_vocabulary(names, other):
+    """Each name comes back from its tokens; the rarer case of letters is not in the vocabulary."""
+    vocab, text = Vocabulary(names), "".join(names)
+    assert vocab.chars == vocab.end + "".join(sorted(set(vocab.chars[1:]))) == "".join(vocab.stoi)
+    assert vocab.end == ("\n" if "." in text else ".") and len(vocab) == len(vocab.chars)
+    for name in [*names, *(name.swapcase() for name in names if vocab.mark), other]:
+        if vocab.tokens_of.keys() >= set(name):
+            assert vocab.decode(vocab.encode(name + vocab.end)) == name + vocab.end
+    pairs = {c: c.lower() for c in map(chr, range(0x1F000)) if c != c.lower()}  # capital: small
+    pairs = {c: small for c, small in pairs.items() if small.upper() == c and len(small) == 1}
+    n_capitals = sum(text.count(c) for c in pairs)
+    n_small = sum(text.count(small) for small in pairs.values())
+    write = dict(pairs if n_capitals <= n_small else {small: c for c, small in pairs.items()})
+    if not n_capitals or not n_small:
+        write = {}
+    tokens = [(CASE_MARK + write[c] if c in write else c) for c in text]
+    assert set(vocab.chars[1:]) == set("".join(tokens))
+    assert [vocab.chars[token] for token in vocab.encode(text)] == list("".join(tokens))
 
 
-def test_vocabulary_refuses():
-    with pytest.raises(ValueError, match="'z' is not among"):
+def test_what_is_learned_of_small_letters_serves_capitals():
+    title, capitals, small = (Vocabulary([name]) for name in ("Eve Em", "EVE", "eve"))
+    assert (
+        title.chars == f".{CASE_MARK} emv" and "".join(title.chars[i] for i in (3, 5, 3)) == "eve"
+    )
+    assert title.encode("Eve") == [1, 3, 5, 3] == title.encode("E") + title.encode("ve")
+    assert (capitals.chars, small.chars, small.mark) == (".EV", ".ev", None)
+    assert title.decode([1, 1, 3, 1, 0, 1, 2, 1]) == "E. "  # a mark with no letter is nothing
+
+
+def test_unknown_characters_are_named():
+    with pytest.raises(ValueError, match="'z' is not among the characters 'an'"):
         Vocabulary(["ann"]).encode("zoe")
+    with pytest.raises(ValueError, match="did you mean 'anna'"):
+        Vocabulary(["anna"]).encode("Anna")
 
 
-class Flatten(nn.Module):
-    """FlattenConsecutive(2), with torch.nn's own Unflatten and Flatten."""
+def slow_windows(names, vocab, block_size):
+    """One context and target after the other, in plain Python."""
+    pairs = []
+    for name in names:
+        context = [0] * block_size
+        for char in name + vocab.end:
+            known = char in vocab.chars
+            for code in [char] if known else [CASE_MARK, char.swapcase()]:
+                pairs.append((context, vocab.chars.index(code)))
+                context = context[1:] + [pairs[-1][1]]
+    return pairs
 
-    def forward(self, x):
-        x = nn.Unflatten(1, (-1, 2))(x)
-        return nn.Flatten(2)(x).squeeze(1)
 
-
-class Norm(nn.BatchNorm1d):
-    def forward(self, x):
-        return (
-            super().forward(x.transpose(1, 2)).transpose(1, 2)
-            if x.dim() == 3
-            else super().forward(x)
-        )
+@given(
+    st.lists(st.text("abcdéABÉ.", min_size=1, max_size=20), min_size=1, max_size=8),
+    st.sampled_from([2, 4, 8, 16]),
+)
+@example([chr(0x4E00 + i) for i in range(300)] + ["Ann", "\U0001f600b"], 8)
+def test_windows(names, block_size):
+    vocab = Vocabulary(names)
+    tokens = windows(names, vocab, block_size)
+    contexts, targets = contexts_and_targets(tokens)
+    expected = slow_windows(names, vocab, block_size)
+    assert list(zip(contexts.tolist(), targets.tolist())) == expected
+    width = 1 if len(vocab) <= 256 else 4  # bytes a token
+    assert tokens.untyped_storage().nbytes() == width * (block_size + len(expected))
 
 
 def twin(vocab_size, block_size, n_embd, n_hidden):
@@ -84,281 +115,151 @@ def padded_contexts(B, T, vocab_size):
     return contexts
 
 
-sizes = dict(
-    vocab_size=st.integers(2, 9),
-    block_size=st.sampled_from([2, 4, 8, 16]),
-    n_embd=st.integers(1, 6),
-    n_hidden=st.integers(1, 9),
-    seed=st.integers(0, 2**32 - 1),
-)
-
-
-def random_net(seed, **config):
+def random_net(seed, *config):
+    """A network with weights and statistics of all kinds."""
     torch.manual_seed(seed)
-    net = WaveNet(**config).double()
+    net = WaveNet(*config)
     for tensor in net.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand_like(tensor) + 0.1)
     return net
 
 
-@given(**sizes)
-def test_network_is_the_torch_stack(seed, **config):
-    net, same = random_net(seed, **config), twin(**config).double()
+some_sizes = st.tuples(
+    st.integers(2, 9), st.sampled_from([2, 4, 8, 16]), st.integers(1, 6), st.integers(1, 9)
+)
+
+
+@given(some_sizes, st.integers(0, 2**32 - 1))
+def test_network_is_the_torch_stack_and_distinct_rows_change_nothing(config, seed):
+    """Logits, gradients and statistics, of three minibatches; then in eval mode."""
+    torch.set_default_dtype(torch.float64)
+    net, same, (V, T, *_) = random_net(seed, *config), twin(*config), config
     same.load_state_dict(net.state_dict())
     assert list(net.state_dict()) == list(same.state_dict())
-    contexts = padded_contexts(6, config["block_size"], config["vocab_size"])
-    for mode in (True, False):
-        net.train(mode), same.train(mode)
-        torch.testing.assert_close(net(contexts), same(contexts))
-    torch.testing.assert_close(net.state_dict(), same.state_dict())
-
-
-@given(**sizes)
-def test_distinct_rows_change_nothing(seed, **config):
-    """Logits, gradients and running statistics from trees are those of the whole windows."""
-    net, same = random_net(seed, **config), twin(**config).double()
-    K, B, T, V = 3, 6, config["block_size"], config["vocab_size"]
-    contexts = torch.stack([padded_contexts(B, T, V) for _ in range(K)])
-    for batch, (levels, ids) in zip(contexts, distinct_rows(contexts, V)):
-        same.load_state_dict(net.state_dict())
+    contexts, targets = padded_contexts(18, T, V).view(3, 6, T), torch.randint(V, (3, 6))
+    for context, target, rows in zip(contexts, targets, distinct_rows(net, contexts)):
+        logits = same(context)
         same.zero_grad()
-        targets = torch.randint(V, (B,))
-        logits = same(batch)
-        F.cross_entropy(logits, targets).backward()
-        tree = (
-            [
-                Level(children, (weights.double() * n).round() / n, n)
-                for children, weights, n in levels
-            ],
-            ids,
-        )
-        with torch.no_grad():
-            torch.testing.assert_close(forward_distinct(net, tree), logits)
-            backward_distinct(net, tree, (logits.softmax(1) - F.one_hot(targets, V)) / B)
-        torch.testing.assert_close(
-            [p.grad for p in net.parameters()], [p.grad for p in same.parameters()]
-        )
+        F.cross_entropy(logits, target).backward()
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        torch.testing.assert_close(net(context), logits)
         torch.testing.assert_close(net.state_dict(), same.state_dict())
+        net.load_state_dict(before)
+        with torch.no_grad():
+            torch.testing.assert_close(forward(net, rows), logits)
+            backward(net, rows, logits, (logits.softmax(1) - F.one_hot(target, V)) / 6)
+        for mine, other in zip(net.parameters(), same.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+        torch.testing.assert_close(net.state_dict(), same.state_dict())
+    expected = same.eval()(contexts[0])
+    torch.testing.assert_close(net.eval()(contexts[0]), expected)
+    torch.testing.assert_close(forward(net, distinct_rows(net, contexts[:1])[0]), expected)
+
+
+def spelled_out(rows, V):
+    """The tokens of each row of each level, and of each context."""
+    (levels, row_ids), texts = rows, [[(token,) for token in range(V)]]
+    for level in levels:
+        pairs = level.children.view(-1, 2).tolist()
+        texts.append([texts[-1][left] + texts[-1][right] for left, right in pairs])
+    return texts[1:], [texts[-1][i] for i in row_ids.tolist()]
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.sampled_from([2, 4, 8]), st.integers(2, 6))
 def test_distinct_rows_hold_each_distinct_row_once(K, B, T, V):
     torch.manual_seed(K + B + T + V)
-    contexts = torch.stack([padded_contexts(B, T, V) for _ in range(K)])
-    for batch, (levels, ids) in zip(contexts, distinct_rows(contexts, V)):
-        rows = [(code,) for code in range(V)]
-        for level, (children, weights, n) in enumerate(levels, 1):
-            rows = [rows[left] + rows[right] for left, right in children.view(-1, 2).tolist()]
-            parts = [
-                tuple(part)
-                for context in batch.tolist()
-                for part in zip(*[iter(context)] * 2**level)
-            ]
-            assert sorted(rows) == sorted(set(parts))
-            assert n == len(parts)
-            torch.testing.assert_close(
-                weights, torch.tensor([parts.count(row) / n for row in rows])
-            )
-        assert [rows[i] for i in ids] == [tuple(context) for context in batch.tolist()]
+    net, contexts = WaveNet(V, T, 1, 1), padded_contexts(K * B, T, V).view(K, B, T)
+    for context, rows in zip(contexts, distinct_rows(net, contexts)):
+        texts, whole = spelled_out(rows, V)
+        assert whole == [tuple(one) for one in context.tolist()]
+        for k, (level, text) in enumerate(zip(rows[0], texts, strict=True), 1):
+            parts = [tuple(part) for part in context.view(-1, 2**k).tolist()]
+            assert sorted(text) == sorted(set(parts)) and level.n == len(parts)
+            shares = torch.tensor([parts.count(row) / len(parts) for row in text])
+            torch.testing.assert_close(level.weights, shares)
 
 
-def test_distinct_rows_of_the_worked_example():
-    """That in the docstring of distinct_rows()."""
-    vocab = Vocabulary(["aen"])
-    contexts = torch.tensor([[0, 0, *vocab.encode(text)] for text in ("an", "en")])
-    (((one, two), ids),) = distinct_rows(contexts[None], len(vocab))
-    assert (one.children.tolist(), one.weights.tolist(), one.n) == (
-        [0, 0, 1, 3, 2, 3],
-        [0.5, 0.25, 0.25],
-        4,
-    )
-    assert (two.children.tolist(), two.weights.tolist(), two.n) == ([0, 1, 0, 2], [0.5, 0.5], 2)
-    assert ids.tolist() == [0, 1]
+def test_distinct_rows_of_the_docstring():
+    contexts = torch.tensor([[[0, 0, 1, 3], [0, 0, 2, 3]]])  # "..an" and "..en", . a e n
+    (((pairs, fours), row_ids),) = distinct_rows(WaveNet(4, 4, 1, 1), contexts)
+    assert pairs.children.tolist() == [0, 0, 1, 3, 2, 3] and fours.children.tolist() == [0, 1, 0, 2]
+    assert pairs.weights.tolist() == [2 / 4, 1 / 4, 1 / 4] and fours.weights.tolist() == [0.5, 0.5]
+    assert (pairs.n, fours.n, row_ids.tolist()) == (4, 2, [0, 1])
 
 
-@pytest.mark.parametrize("block_size", [2, 4, 8, 16])
+@pytest.mark.parametrize("block_size", [2, 8, 16])
 def test_causal_tree(block_size):
-    """A logit depends on every character of the window, a level's row on its own part."""
+    """A level's row depends on all tokens of its own part of the window, and on no other."""
     torch.manual_seed(0)
     net = WaveNet(5, block_size, 3, 8).double().eval()
-    embedded = net[0](torch.randint(5, (1, block_size))).detach().requires_grad_()
-    x = embedded
+    x = embedded = net[0](torch.randint(5, (1, block_size))).detach().requires_grad_()
     for layer in net[1:]:
         x = layer(x)
-        if x.dim() == 3:
-            for position in range(x.shape[1]):
-                (grad,) = torch.autograd.grad(x[0, position].sum(), embedded, retain_graph=True)
-                width = block_size // x.shape[1]
-                seen = grad[0].abs().sum(1).nonzero().view(-1).tolist()
-                assert seen == list(range(position * width, (position + 1) * width))
-    (grad,) = torch.autograd.grad(x[0, 1], embedded)
-    assert (grad[0].abs().sum(1) > 0).all()
+        rows = x.view(-1, x.shape[-1])
+        width = block_size // len(rows)
+        for i, row in enumerate(rows):
+            (grad,) = torch.autograd.grad(row.sum(), embedded, retain_graph=True)
+            seen = grad[0].abs().sum(1).nonzero().view(-1).tolist()
+            assert seen == list(range(i * width, (i + 1) * width))
 
 
-@pytest.mark.parametrize(
-    "config, parameters",
-    [((27, 8, 10, 128), 72_617), ((27, 8, 24, 128), 76_579), ((27, 16, 24, 280), 494_315)],
-)
-def test_parameter_counts(config, parameters):
-    assert sum(parameter.numel() for parameter in WaveNet(*config).parameters()) == parameters
-
-
-@pytest.mark.parametrize("block_size", [0, 1, 3, 6, 12])
-def test_block_size_must_be_a_power_of_two(block_size):
-    with pytest.raises(ValueError, match="power of two"):
-        WaveNet(27, block_size, 4, 8)
-
-
-@pytest.mark.parametrize("shape", [(1, 8), (1, 32), (16,), (1, 16, 1), (1, 0)])
-def test_contexts_of_another_size_are_refused(shape):
-    with pytest.raises(ValueError, match=r"contexts must be \(B, 16\), not"):
-        WaveNet(5, 16, 3, 4)(torch.zeros(shape, dtype=torch.int64))
-
-
-def test_training_starts_at_ln_v():
-    torch.manual_seed(0)
-    contexts, targets = torch.randint(27, (512, 8)), torch.randint(27, (512,))
-    loss = F.cross_entropy(WaveNet(27, 8, 24, 128)(contexts), targets).item()
-    assert loss == pytest.approx(torch.tensor(27.0).log().item(), abs=0.03)
+def test_sizes():
+    for config, n in ((27, 8, 24, 128), 76_579), ((27, 16, 24, 280), 494_315):
+        assert sum(parameter.numel() for parameter in WaveNet(*config).parameters()) == n
+    for block_size in 0, 1, 3, 12:
+        with pytest.raises(ValueError, match="power of two"):
+            WaveNet(27, block_size, 4, 8)
 
 
 def test_save_and_load(tmp_path):
-    torch.manual_seed(0)
-    net, vocab = WaveNet(4, 8, 3, 5), Vocabulary(["żé", "b"])
-    net(torch.randint(4, (9, 8)))  # moves the running statistics
-    save(tmp_path / "model.pth", net, vocab, {"steps": 3, "seed": 1})
-    again, vocab_again, made = load(tmp_path / "model.pth")
-    assert made == {"steps": 3, "seed": 1}
-    assert not again.training
-    assert vocab_again.chars == vocab.chars
+    """The same bits come back; a network of other layers is refused."""
+    path, vocab = tmp_path / "model.pth", Vocabulary(["Żé", "b, ż."])
+    config = dict(vocab_size=len(vocab), block_size=8, n_embd=3, n_hidden=5)
+    net = random_net(0, *config.values())
+    save(path, net, vocab, {"steps": 3})
+    again, vocab_again, metadata = load(path)
+    assert metadata == {"steps": 3} and not again.training and vocab_again.chars == vocab.chars
     torch.testing.assert_close(again.state_dict(), net.state_dict(), rtol=0, atol=0)
-    assert torch.load(tmp_path / "model.pth", weights_only=True)["made"] == {"steps": 3, "seed": 1}
-    assert torch.load(tmp_path / "model.pth", weights_only=True)["config"] == dict(
-        vocab_size=4, block_size=8, n_embd=3, n_hidden=5
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+    content = torch.load(path, weights_only=True)
+    level = ["FlattenConsecutive", "Linear", "BatchNorm1d", "Tanh"]
+    assert content["layers"] == ["Embedding", *level * 3, "Linear"] and content["config"] == config
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+    write_checkpoint(path, content | {"layers": [*content["layers"][:-2], "ReLU", "Linear"]})
+    with pytest.raises(ValueError, match=r"model.pth has other layers than this model.py: [^\n]*$"):
+        load(path)
 
 
-def saved(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+@pytest.mark.parametrize("names, known", [(["A. Zab"], "abz"), (["ZAQ"], "AZ"), (["xyz"], "z")])
+def test_load_pretrained(names, known):
+    """Known characters get their rows, also those of the other case, and the levels all; no bias."""
+    old_vocab, vocab = Vocabulary(["abz", "é"]), Vocabulary(names)
+    old, net = random_net(1, len(old_vocab), 4, 3, 5), random_net(2, len(vocab), 4, 3, 5)
+    expected = {name: tensor.clone() for name, tensor in net.named_parameters()}
+    for name in expected:
+        if name in ("0.weight", "9.weight"):
+            for char in [vocab.end, *known]:
+                row = old_vocab.chars.index("." if char == vocab.end else char.lower())
+                expected[name][vocab.chars.index(char)] = old.get_parameter(name)[row]
+        elif name != "9.bias":
+            expected[name] = old.get_parameter(name)
+    assert load_pretrained(net, vocab, old, old_vocab) == known
+    torch.testing.assert_close(dict(net.named_parameters()), expected, rtol=0, atol=0)
 
 
-BROKEN = {
-    "not a checkpoint": b"emma\nolivia\n",
-    "empty": b"",
-    "a pickle": pickle.dumps([1, 2, 3]),
-    "an empty archive": b"PK\x05\x06" + bytes(18),
-    "a list": [1, 2, 3],
-    "no vocabulary": {"config": {}, "made": {}, "state_dict": {}},
-    "another dict": {"step": 3},
-    "torch.save": saved({"config": {}, "vocab": ".", "made": {}, "state_dict": {}}),
-}
+def test_names_txt_holds_29693_distinct_names():
+    names = (ROOT / "names.txt").read_text().split()
+    assert read_names(ROOT / "names.txt") == list(dict.fromkeys(names)) and len(names) == 32_257
+    assert len(set(names)) == 29_693 and all(re.fullmatch("[a-z]{2,15}", name) for name in names)
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
-def test_broken_checkpoints_are_refused(content, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if isinstance(content, bytes):
-        (tmp_path / "model.pth").write_bytes(content)
-    else:
-        write_tensors("model.pth", content)
-    with pytest.raises(ValueError, match="model.pth"):
-        load("model.pth")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
-
-
-def test_truncated_checkpoint_is_refused(tiny, tmp_path):
-    data = (tiny / "model.pth").read_bytes()
-    for length in range(0, len(data), 97):
-        (tmp_path / "model.pth").write_bytes(data[:length])
-        with pytest.raises(ValueError, match="model.pth"):
-            load(tmp_path / "model.pth")
-
-
-def test_missing_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none.pth is no file"):
-        load(tmp_path / "none.pth")
-
-
-def test_names_are_read_whatever_the_line_ends(tmp_path):
-    path = tmp_path / "names.txt"
-    for data in (
-        b"ada\nbea\n",
-        b"ada\r\nbea\r\n",
-        b"ada\nbea",
-        b"\xef\xbb\xbfada\nbea\n",
-        b"\n  ada \t\n\n \nbea\n\n",
-    ):
-        path.write_bytes(data)
-        assert read_names(path) == ["ada", "bea"]
-    path.write_text("ada\na" + "\u0301\u0323" * 20_000)
-    with pytest.raises(ValueError, match="in a line"):
-        read_names(path)
-    path.write_text("jean luc\nz\u0307o\u0301łc\u0301\n名\n", encoding="utf-8")
-    assert read_names(path) == ["jean luc", "żółć", "名"]
-
-
-def test_the_readmes_example(monkeypatch, capsys):
-    """The four lines that the README gives to those who build on the network."""
-    monkeypatch.chdir(ROOT)
+def test_the_readmes_examples_run():
+    """Every block in Python that uses the project."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = [block for block in readme.split("```python\n")[1:] if "load(" in block]
-    exec(code.split("```")[0], {})
-    assert len(capsys.readouterr().out.splitlines()) == 1
-
-
-def test_names_with_a_full_stop_are_names_like_any_others(tmp_path):
-    names = ["st. ann", "st. bea", "washington, d.c."]
-    vocab = Vocabulary(names)
-    contexts, targets = contexts_and_targets(windows(names, vocab, 4))
-    assert vocab.decode(targets.tolist()) == "\n".join(names) + "\n"
-    assert contexts[len("st. ann") + 1].tolist() == [0] * 4 and "." in vocab.chars[1:]
-    save(tmp_path / "own.pth", WaveNet(len(vocab), 4, 2, 3), vocab, {})
-    assert load(tmp_path / "own.pth")[1].chars == vocab.chars
-
-
-def test_transfer_where_a_level_is_as_long_as_the_vocabulary():
-    vocab, old_vocab = Vocabulary(["abc"]), Vocabulary(["xyz"])
-    net, trained = WaveNet(4, 4, 3, 4), WaveNet(4, 4, 3, 4)
-    transfer(net, vocab, trained, old_vocab)
-    for new, old in list(zip(net.parameters(), trained.parameters()))[1:-2]:
-        assert torch.equal(new, old)
-
-
-def test_transfer():
-    """Shared characters keep their rows, capitals begin as small letters, others anew."""
-    old_vocab, vocab = Vocabulary(["abz", "é"]), Vocabulary(["A. Zab"])
-    assert (old_vocab.end, vocab.end) == (".", "\n")
-    trained, net = WaveNet(len(old_vocab), 4, 3, 5), WaveNet(len(vocab), 4, 3, 5, dropout=0.2)
-    before = [parameter.detach().clone() for parameter in net.parameters()]
-    transfer(net, vocab, trained, old_vocab)
-    like = {"\n": ".", "a": "a", "b": "b", "A": "a", "Z": "z"}
-    parameters = list(zip(net.parameters(), trained.parameters(), before))
-    for new, old, _ in parameters[1:-2]:
-        assert torch.equal(new, old)
-    for new, old, begun in parameters[:1] + parameters[-2:]:
-        for char, i in vocab.index.items():
-            row = old[old_vocab.index[like[char]]] if char in like else begun[i]
-            assert torch.equal(new[i], row), char
-
-
-def test_sizes_that_the_weights_do_not_fill_are_refused(tmp_path):
-    """Before memory is taken for them."""
-    content = torch.load(ROOT / "model_state.pth", weights_only=True)
-    for sizes in {"n_hidden": 10**7}, {"n_embd": 10**9}, {"block_size": 2**30}, {"vocab_size": 28}:
-        write_tensors(tmp_path / "own.pth", content | {"config": content["config"] | sizes})
-        with pytest.raises(ValueError, match="own.pth holds weights of other sizes"):
-            load(tmp_path / "own.pth")
-
-
-def test_loading_imports_hardly_more_than_torch():
-    """Parts of torch that this needs by accident, such as meta tensors, take seconds to import."""
-    code = (
-        "import sys, torch; before = len(sys.modules); import sampling; sampling.main(['-n', '1'])"
-    )
-    command = [sys.executable, "-c", f"{code}; print(len(sys.modules) - before)"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert int(process.stdout.splitlines()[-1]) < 50
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    blocks = [b for b in blocks if re.search(r"(from|import) (layers|model|train|sampling)", b)]
+    assert blocks
+    for block in blocks:
+        command = [sys.executable, "-c", block]
+        process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (process.returncode, process.stderr) == (0, ""), block
