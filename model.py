@@ -362,7 +362,8 @@ def load(path):
             config["block_size"] <= MAX_BLOCK_SIZE and max(shapes - {len(chars)}) <= 2 * MAX_SIZE
         )
         fits &= vocab.chars == chars and not CONTROL.search(chars[1:].replace(CASE_MARK, ""))
-        net = WaveNet(**config) if fits and isinstance(metadata, dict) else None
+        fits &= all(type(quantile) is float for quantile in metadata.get("quantiles", []))
+        net = WaveNet(**config) if fits else None
         same = net and layer_names(net) == layers
         if same:
             net.load_state_dict(state)

@@ -20,7 +20,7 @@ from itertools import islice
 import torch
 
 import model
-from layers import BatchNorm1d, distinct_rows, forward, has_fast_way
+from layers import BatchNorm1d, distinct_rows, forward
 from model import contexts_and_targets, load, normalize, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -264,9 +264,7 @@ def run(args, given):
     torch.set_num_threads(args.threads)
     for mode, allowed in MODES.items():
         if mode in given:
-            refuse_flags(
-                given, ["model", "threads", mode, *allowed], f"means nothing with --{mode}"
-            )
+            refuse_flags(given, ["model", "threads", mode, *allowed], f"cannot go with --{mode}")
     args.new |= args.min_edits is not None
     net, vocab, metadata = load(args.model)
     if args.score is not None:
@@ -287,7 +285,7 @@ def read_known(args, metadata):
         raise ValueError("--column is that of a list: add --data LIST")
     try:
         names = model.read_names(args.data or NAMES, args.column)
-    except OSError:
+    except (OSError, ValueError):
         if args.new or args.data:
             raise
         return None
@@ -366,19 +364,17 @@ def explain(net, vocab, name):
     came = [each[char] for each, char in zip(chances, name + vocab.end)]
     losses = [-math.log(max(chance, 1e-300)) for chance in came]
     lines = [f"{name}: {sum(losses) / len(losses):.4f} nats per character"]
+
+    def shown(char):
+        return {vocab.end: "end", " ": "blank"}.get(char, char)
+
     for i, (each, chance, loss) in enumerate(zip(chances, came, losses)):
-        likeliest = ", ".join(
-            f"{shown(vocab, char)} {p:.0%}" for char, p in islice(each.items(), 5)
-        )
+        likeliest = ", ".join(f"{shown(char)} {p:.0%}" for char, p in islice(each.items(), 5))
         weakest = " <- weakest" if loss == max(losses) else ""
-        step = f"{name[:i]}[{shown(vocab, (name + vocab.end)[i])}]"
+        step = f"{name[:i]}[{shown((name + vocab.end)[i])}]"
         numbers = f"{chance:6.1%}  {loss / sum(losses):4.0%} of the loss"
         lines.append(f"{step:{len(name) + 6}} {numbers}  {likeliest}{weakest}")
     return "\n".join(lines)
-
-
-def shown(vocab, char):
-    return "end" if char == vocab.end else char
 
 
 # A page that draws names
@@ -415,8 +411,9 @@ def page_layers(net):
 
 def write_page(path, net, vocab, title, names):
     """Fill sampling.html with the network, and with the list where only new names are wanted."""
-    if not has_fast_way(net):
-        raise ValueError("--page knows the layers of layers.py alone, and this network has others")
+    stacked = type(net).forward is torch.nn.Sequential.forward
+    if not stacked or any(type(layer).__module__ != BatchNorm1d.__module__ for layer in net):
+        raise ValueError("--page knows only the layers of layers.py, and this network has others")
     with open(os.path.join(HERE, "sampling.html"), encoding="utf-8") as file:
         before, after = file.read().split('id="network">null<')
     network = {"config": net.config, "chars": list(vocab.chars), "mark": vocab.mark or -1}

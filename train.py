@@ -415,21 +415,19 @@ def build_parser():
 
 @contextmanager
 def stop_signals():
-    """Inside, a signal to stop is put into the list; a second one after a second ends at once."""
-    received, times = [], []
+    """Inside, signals to stop are put into the list; one that comes a second later ends at once."""
+    received, first = [], []
 
     def handler(signum, frame):
         received.append(signum)
-        times.append(time.monotonic())
-        if times[-1] - times[0] > 1:
+        first.append(time.monotonic())
+        if first[-1] - first[0] > 1:
             signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
 
-    stops = [getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {stop: signal.getsignal(stop) for stop in stops}
-    for stop, old in before.items():
-        if old != signal.SIG_IGN:  # as in the background of a script: it stays so
-            signal.signal(stop, handler)
+    stops = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+    ours = [stop for stop in stops if signal.getsignal(stop) != signal.SIG_IGN]  # as in a script
+    before = {stop: signal.signal(stop, handler) for stop in ours}
     try:
         yield received
     finally:
@@ -530,7 +528,7 @@ def train_list(args, state, pretrained, out, unfinished):
         state |= {"curves": {"train": [], "val": []}, "pretrained": given_weights}
     else:
         restore(state, own, net, average, unfinished)
-    describe(names, vocab, data, net, chosen)
+    describe(len(names), vocab, data, net, chosen)
     # Not copies but the weights themselves: whenever the state is saved they are those of its step.
     state |= own | {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
     state["args"] = vars(args) | {
@@ -606,16 +604,15 @@ def new_network(args, vocab, tokens, pretrained):
     return net.to(args.device), weights
 
 
-def describe(names, vocab, data, net, chosen):
+def describe(n_names, vocab, data, net, chosen):
     """Say what is about to happen."""
     counts = ", ".join(f"{part} {len(tokens):,}" for part, tokens in data.items())
-    log(f"{len(names):,} names, {len(vocab) - 1} tokens; windows: {counts}")
+    log(f"{n_names:,} names, {len(vocab) - 1} tokens; windows: {counts}")
     flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    log(f"{parameters:,} parameters; what suits the list: {flags or 'see --help'}")
-    if len(names) < 200:
-        log(f"{len(names)} names are few: sample with --temperature 0.7; and with Latin letters")
-        log("--init-from model_state.pth helps")
+    log(f"{parameters:,} parameters" + f"; what suits the list: {flags}" * bool(flags))
+    if n_names < 200:
+        log("so few names teach little: sample with --temperature 0.7; Latin letters: --init-from")
 
 
 def finish(args, net, state, vocab, parts, data, fitting, out, picture):

@@ -1,6 +1,6 @@
 """Times the project against plain code that does the same, in turn, and prints the ratios.
 
-python tests/benchmark.py          about ten minutes; close other programs first
+python tests/benchmark.py          about fifteen minutes; close other programs first
 """
 
 import statistics
@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from layers import BatchNorm1d  # noqa: E402
 from model import Vocabulary, WaveNet, contexts_and_targets, load, read_names, windows  # noqa: E402
 from sampling import BATCH, generate  # noqa: E402
 
@@ -92,35 +91,38 @@ def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
     """(A function that takes train.py's first `steps` steps, training windows, vocabulary)."""
     names = read_names(ROOT / "names.txt")
     vocab = Vocabulary(names)
-    window = windows(train.split(names)[0], vocab, block_size)
+    window = windows(train.split(names)["train"], vocab, block_size)
     torch.manual_seed(1)
     flags = "--batch-size", batch_size, "--dropout", dropout, "--block-size", block_size
-    flags += ("--steps", 10**9)  # minibatches() ends there
-    args = train.flags().parse_args(list(map(str, flags)))
+    flags += "--steps", 10**9, "--truncate", 0  # minibatches() ends there
+    args = train.build_parser().parse_args(list(map(str, flags)))
     net = WaveNet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
-    for layer in net:
-        if isinstance(layer, BatchNorm1d):
-            layer.track_running_stats = False  # as in train()
+    for module in net.modules():
+        module.track_running_stats = False  # as in train()
     parameters = list(net.parameters())
 
     def ours(steps):
-        for batch in islice(train.minibatches(window, len(vocab), 0, args), steps):
-            train.sgd_step(net, parameters, *batch, batch_size, 0.01)
+        for rows, targets in islice(train.minibatches(net, window, 0, args), steps):
+            train.train_step(net, rows, targets, 0.01, parameters)
         return steps
 
     return ours, window, vocab
 
 
-def training_step(block_size, n_embd, n_hidden, dropout, batch_size, steps=100):
+def training_step(block_size, n_embd, n_hidden, dropout, batch_size, compiled=False, steps=100):
+    """plain / ours; with `compiled`, plain / torch.compile(plain)."""
     torch.set_num_threads(1)
     ours, window, vocab = ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size)
     contexts, targets = contexts_and_targets(window)
     plain_net = PlainNet(len(vocab), block_size, n_embd, n_hidden)
 
-    def plain():
+    def loss_of(contexts, targets):
+        return F.cross_entropy(plain_net(contexts), targets)
+
+    def plain(loss_of=loss_of):
         for _ in range(steps):
             drawn = torch.randint(len(contexts), (batch_size,))
-            loss = F.cross_entropy(plain_net(contexts[drawn]), targets[drawn])
+            loss = loss_of(contexts[drawn], targets[drawn])
             for parameter in plain_net.parameters:
                 parameter.grad = None
             loss.backward()
@@ -129,6 +131,9 @@ def training_step(block_size, n_embd, n_hidden, dropout, batch_size, steps=100):
             loss.item()
         return steps
 
+    if compiled:
+        fast = torch.compile(loss_of)
+        return in_turn(lambda: plain(fast), plain)
     return in_turn(lambda: ours(steps), plain)
 
 
@@ -223,11 +228,17 @@ def row(what, against, values, unit):
 
 def main():
     print("| what | against | median | spread |\n| --- | --- | --- | --- |")
-    for sizes, batch_size in ((16, 24, 280), 32), ((8, 24, 128), 32), ((16, 24, 280), 96):
-        for dropout in 0.0, 0.15:
-            what = "training step, block {}, E {}, H {}, batch {}".format(*sizes, batch_size)
-            what += ", ours with dropout 0.15" * (dropout > 0)
-            row(what, "plain code", training_step(*sizes, dropout, batch_size), "x")
+    for sizes, batch_size, dropout in (
+        ((16, 24, 280), 96, 0.15),
+        ((16, 24, 280), 96, 0.0),
+        ((8, 24, 128), 32, 0.0),
+    ):
+        what = "training step, block {}, E {}, H {}, batch {}".format(*sizes, batch_size)
+        ratios = training_step(*sizes, dropout, batch_size)
+        row(what + ", ours with dropout 0.15" * (dropout > 0), "plain code", ratios, "x")
+        if not dropout:
+            ratios = training_step(*sizes, dropout, batch_size, compiled=True)
+            row("the same, plain code under `torch.compile`", "plain code", ratios, "x")
     row("block 16, E 24, H 1024, batch 1024, two processes", "one", two_processes(), "x")
     row("20,000 names, start-up taken off", "one at a time", sampling(), "x")
     row("time of `python sampling.py`", '`python -c "import torch"`', start_up(), "x")

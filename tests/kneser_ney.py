@@ -1,6 +1,6 @@
 """Interpolated Kneser-Ney counts, the measure to beat; Chen & Goodman 1998.
 
-python tests/kneser_ney.py              names.txt: a 6-gram with discount 0.85
+python tests/kneser_ney.py              names.txt: a 6-gram with discount 0.9
 python tests/kneser_ney.py LIST ...     a table: order and discount of least validation loss
 """
 
@@ -27,7 +27,7 @@ class KneserNey:
     different characters the shorter context was seen before it.
     """
 
-    def __init__(self, names, chars, order=6, discount=0.85):
+    def __init__(self, names, chars, order=6, discount=0.9):
         self.order, self.discount = order, discount
         self.chars = sorted(set(chars) | {END})
         self.counts = [defaultdict(Counter) for _ in range(order)]
@@ -57,7 +57,7 @@ class KneserNey:
         return chance
 
     def loss(self, names, temperature=1.0):
-        """Mean cross-entropy, in nats a character, the end of each name included."""
+        """Mean cross-entropy, in nats per character, the end of each name included."""
         total = n = 0
         for name in names:
             for i, char in enumerate(name + END):
@@ -81,44 +81,36 @@ class KneserNey:
 
 def tuned(names):
     """The counts of the training split, order and discount of the least validation loss."""
-    train, _, val = split(names)
+    parts = split(names)
     best, least = None, math.inf
     for order in range(3, 8):
-        model = KneserNey(train, "".join(names), order)
+        model = KneserNey(parts["train"], "".join(names), order)
         for percent in range(60, 95, 5):
             model.discount = percent / 100
-            loss = model.loss(val)
+            loss = model.loss(parts["val"])
             if loss < least:
                 best, least = (order, model.discount), loss
-    return KneserNey(train, "".join(names), *best)
+    return KneserNey(parts["train"], "".join(names), *best)
 
 
 def main():
     if not sys.argv[1:]:
         names = read_names(ROOT / "names.txt")
-        train, _, val = split(names)
-        known = set(train)
-        model = KneserNey(train, "".join(names))
-        unseen = [name for name in val if name not in known]
-        print(
-            f"train {model.loss(train):.3f}  val {model.loss(val):.3f}  "
-            f"unseen {model.loss(unseen):.3f}"
-        )
+        parts = split(names)
+        model = KneserNey(parts["train"], "".join(names))
+        print("  ".join(f"{part} {model.loss(some):.3f}" for part, some in parts.items()))
         return
-    print(
-        "| list | rows | order | discount | val | test | samples in the list |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| list | names | order | discount | val | test | samples in the list |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for path in sys.argv[1:]:
         names = read_names(path)
-        model, (_, test, val) = tuned(names), split(names)
+        model, parts = tuned(names), split(names)
         random.seed(1)
         rows = set(names)
         known = sum(model.draw() in rows for _ in range(1000)) / 1000
         what = f"{os.path.basename(path)} | {len(names):,} | {model.order} | {model.discount:.2f}"
-        print(
-            f"| {what} | {model.loss(val):.3f} | {model.loss(test):.3f} | {known:.1%} |", flush=True
-        )
+        losses = f"{model.loss(parts['val']):.3f} | {model.loss(parts['test']):.3f}"
+        print(f"| {what} | {losses} | {known:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import model
 import train
 from model import load
 
-pytest_plugins = "fixtures"
+pytest_plugins = "folders"
 OLD = b"an older network"
 FULL = OSError(28, "No space left on device")
 
@@ -384,7 +384,7 @@ def test_out_is_no_file_that_is_read_and_no_device(folder, trained, refused):
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     outs = ["loop.pth", "names.txt", "names.pth", "fifo.pth", "device.pth", "picture.pth", "", "x"]
     for out in [*outs, "y" * 250 + ".pth", "own.pth.unfinished", "none/own.pth", "names.txt/x.pth"]:
-        print(out); refused(train.main, command(folder, "--out", folder / out), str(folder))
+        refused(train.main, command(folder, "--out", folder / out), str(folder))
     own = folder / "list.pth"
     refused(train.main, command(folder, "--data", own, "--out", own), "list.pth")
     args = ["--init-from", folder / "first.png", "--out", folder / "first.pth"]
