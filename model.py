@@ -310,25 +310,20 @@ def read_checkpoint(path, keys, advice):
 
     Raises ValueError, which ends with the advice, when there is none, or it is damaged or another.
     """
-    content = None
-    try:
-        size = os.path.getsize(path)
-        with zipfile.ZipFile(path) as archive:
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is no file: {advice}")
+    content, size = None, os.path.getsize(path)
+    with named(path), open(path, "rb") as file, suppress(Exception):
+        # Whatever zipfile and torch raise, the file is not theirs. zipfile checks all sums; these
+        # two fields have none. Nothing may be larger in memory than in the file.
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            # All sums are checked, and these two fields, which have none, are as torch.save() has
-            # them. Nothing is larger in memory than in the file.
             plain = all(entry.external_attr == entry.compress_type == 0 for entry in entries)
             if plain and sum(entry.file_size for entry in entries) <= size:
-                content = archive.testzip() or torch.load(path, "cpu", weights_only=True)
-        tensors = list(tensors_in(content))
-        if not all(t.is_contiguous() for t in tensors) or sum(t.nbytes for t in tensors) > size:
-            content = None
-    except FileNotFoundError:
-        raise ValueError(f"{path} is no file: {advice}")
-    except (OSError, MemoryError):
-        raise
-    except Exception:  # whatever zipfile and torch raise for a file that is not theirs
-        content = None
+                found = archive.testzip() or torch.load(path, "cpu", weights_only=True)
+        tensors = list(tensors_in(found))
+        if all(t.is_contiguous() for t in tensors) and sum(t.nbytes for t in tensors) <= size:
+            content = found
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
     if content.keys() != set(keys):
@@ -358,6 +353,7 @@ def load(path):
     try:
         vocab, shapes = Vocabulary([chars[1:]]), {size for t in state.values() for size in t.shape}
         fits = {config["vocab_size"], config["n_embd"], config["n_hidden"]} <= shapes
+        fits &= len(chars) == config["vocab_size"]
         fits &= (
             config["block_size"] <= MAX_BLOCK_SIZE and max(shapes - {len(chars)}) <= 2 * MAX_SIZE
         )

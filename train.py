@@ -477,7 +477,7 @@ def run(args, given):
                 given, WITH_RESUME, "cannot be given with --resume, which knows its flags"
             )
             state = model.read_checkpoint(unfinished, STATE, "there is nothing to resume")
-            args = resumed(args, given, state["args"])
+            args = resumed(given, state["args"])
         elif os.path.exists(unfinished):
             raise ValueError(f"{unfinished} is an unfinished training: add --resume, or delete it")
         elif args.init_from:
@@ -493,16 +493,16 @@ def run(args, given):
     return signum and 128 + signum
 
 
-def resumed(args, given, saved):
-    """The flags of a saved training, and those given now."""
-    try:
-        flags = [f"--{name.replace('_', '-')}={saved[name]}" for name in RUN_ARGS]
-        args, _ = sampling.parse(build_parser(), flags)
-        vars(args).update({name: saved[name] for name in WITH_RESUME}, **given)
-    except (KeyError, TypeError):
-        raise ValueError("the unfinished training holds something else: delete it") from None
-    if args.device not in devices():
-        raise ValueError(f"it was trained on {args.device}, which is not here: add --device cpu")
+def resumed(given, saved):
+    """The flags of a saved training, checked as on a command line, and those given now."""
+    saved = saved if isinstance(saved, dict) else {}
+    device = given.get("device") or saved.get("device")
+    if device not in devices():
+        raise ValueError(f"it was trained on {device!r}, which is not here: add --device cpu")
+    kept = {name: saved.get(name) for name in [*RUN_ARGS, "data", "column", "checkpoint_every"]}
+    flags = [f"--{name.replace('_', '-')}={kept[name]}" for name in kept if kept[name] is not None]
+    args, _ = sampling.parse(build_parser(), flags)
+    vars(args).update(given, device=device)
     return args
 
 
@@ -566,7 +566,7 @@ def restore(state, own, net, average, unfinished):
         shapes = [weight.shape for weight in net.parameters()]
         fits = [weight.shape for weight in state["pretrained"]] in ([], shapes)
         fits &= len(known) in (0, len(net.state_dict())) and math.isfinite(state["loss_sum"])
-        fits &= all(len(point) == 2 for point in curves)
+        fits &= all(len(point) == 2 for point in curves) and best["loss"] > 0
         fits &= 0 <= state["step"] <= state["args"]["steps"] and state["averaged"] >= 0
     except Exception:  # whatever is missing there, or of another type
         fits = False

@@ -1,6 +1,5 @@
-"""What the tests share: running a script, refusing, a hook into the training, a tiny network."""
+"""What the tests share: running a script, refusing, a network trained within a second."""
 
-import itertools
 import os
 import signal
 import subprocess
@@ -30,7 +29,6 @@ torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("default")
 
-# The sizes of a network that is trained within a second.
 SMALL = "--steps 40 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
 
 
@@ -64,27 +62,10 @@ def forked(main, *args, before=lambda: None):
                 sys.stderr.flush()
                 os._exit(status)
         _, status = os.waitpid(pid, 0)
-        texts = []
-        for file in out, err:
-            file.seek(0)
-            texts.append(file.read().decode())
+        out.seek(0)
+        err.seek(0)
+        texts = out.read().decode(), err.read().decode()
         return subprocess.CompletedProcess(args, os.waitstatus_to_exitcode(status), *texts)
-
-
-def at_step(nth, action):
-    """For before=: the training calls action() as it comes to its nth step. The only hook."""
-
-    def install():
-        train_step, calls = train.train_step, itertools.count(1)
-
-        def hooked(*args, **kwargs):
-            if next(calls) == nth:
-                action()
-            return train_step(*args, **kwargs)
-
-        train.train_step = hooked
-
-    return install
 
 
 @pytest.fixture(autouse=True)

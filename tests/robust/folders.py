@@ -2,19 +2,25 @@
 
 import os
 import shutil
+import signal
 
 import pytest
+import torch
 from conftest import forked
 from helpers import LEFT, NAMES, at, command, signals
 
 import train
 
 
+def fill(folder):
+    (folder / "names.txt").write_text("\n".join(NAMES))
+    (folder / "own.pth").write_bytes(b"an older network")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a list and an older network."""
-    (tmp_path / "names.txt").write_text("\n".join(NAMES))
-    (tmp_path / "own.pth").write_bytes(b"an older network")
+    fill(tmp_path)
     return tmp_path
 
 
@@ -29,16 +35,22 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def interrupted(folder):
-    """A folder with a list, an older network and a training stopped before its 75th step."""
-    process = forked(train.main, *command(folder), before=at("train.train_step", 75, signals(15)))
-    assert process.returncode == 128 + 15, process.stderr
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory):
+    """A folder with a list, an older network and a training stopped at its 75th step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    fill(folder)
+    stop = at("train.train_step", 75, signals(signal.SIGTERM))
+    process = forked(train.main, *command(folder), before=stop)
+    assert process.returncode == 128 + signal.SIGTERM, process.stderr
     return folder
 
 
 @pytest.fixture
-def own(trained, tmp_path):
-    """A folder of this test's own with all that `trained` holds."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+def interrupted(stopped, tmp_path):
+    """Such a folder of this test's own."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    state = torch.load(tmp_path / "own.pth.unfinished", weights_only=True)
+    state["args"]["data"] = str(tmp_path / "names.txt")
+    torch.save(state, tmp_path / "own.pth.unfinished")
     return tmp_path
