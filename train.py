@@ -43,17 +43,16 @@ def split(names):
     return parts
 
 
-HPARAMS = (  # for at most so many training windows: dropout, truncate, steps; tests/RESULTS.md
-    (12_000, 0.35, 0.8, 15_000),
-    (90_000, 0.25, 0.8, 80_000),
-    (math.inf, 0.15, 0.0, 200_000),
-)
-
-
 def default_hparams(n):
-    """{flag: value} that suits a list of n training windows."""
-    row = next(row for row in HPARAMS if n <= row[0])
-    return dict(zip(("dropout", "truncate", "steps"), row[1:]))
+    """{flag: value} that suits a list of n training windows; measured in tests/RESULTS.md."""
+    dropout = round(5.7 / n**0.3, 2)
+    table = {  # for at most so many windows: dropout, truncate, steps
+        5_000: (0.4, 0.95, 12_000),
+        30_000: (0.3, 0.8, 30_000),
+        math.inf: (dropout, round(max(0.0, 8 * (dropout - 0.15)), 2), min(200_000, n * 13 // 10)),
+    }
+    row = next(row for most, row in table.items() if n <= most)
+    return dict(zip(("dropout", "truncate", "steps"), row))
 
 
 def truncate(contexts, share, generator):
@@ -487,9 +486,9 @@ def run(args, given):
             pretrained = model.load(args.init_from)
             vars(args).update({name: pretrained[0].config[name] for name in SIZES})
         signum = train_list(args, state, pretrained, out, unfinished)
-    if signum:
-        words = ["train.py", "--resume"] + (["--out", args.out] if args.out else [])
-        log(f"stopped; to go on: {sampling.command(*words)}")
+        if signum:
+            words = ["train.py", "--resume"] + (["--out", args.out] if args.out else [])
+            log(f"stopped; to go on: {sampling.command(*words)}")
     return signum and 128 + signum
 
 
@@ -544,12 +543,11 @@ def train_list(args, state, pretrained, out, unfinished):
             finish(args, net, state, vocab, parts, data, fitting, out, picture)
             os.remove(unfinished)
         return signum
-    except (
-        ValueError,
-        MemoryError,
-        RuntimeError,
-    ):  # it diverged at once, or its network is refused: nothing to go on with
-        if new and not rank() and not args.checkpoint_every <= state["step"] < args.steps:
+    except (ValueError, MemoryError, RuntimeError) as error:
+        # It diverged at once, or what it learned is refused: then there is nothing to go on with.
+        refused = isinstance(error, ValueError) and state["step"] == args.steps
+        saved = state["step"] >= min(args.checkpoint_every, args.steps)
+        if new and not rank() and (refused or not saved):
             os.remove(unfinished)
         raise
 

@@ -23,12 +23,10 @@ import train
 # A shell that starts the tests in its background may have them ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sampling.PAUSE = 10**9  # no test depends on how long a thing takes
-# Of the processes, too: two threads on a busy machine wait for each other.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes, too: on a busy machine threads only wait
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("default")
-
 SMALL = "--steps 40 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
 
 
@@ -47,8 +45,7 @@ def forked(main, *args, before=lambda: None):
             try:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
-                sys.stdout = open(1, "w", closefd=False)
-                sys.stderr = open(2, "w", closefd=False)
+                sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))
                 sys.argv[0] = f"{main.__module__}.py"
                 before()
                 main(list(map(str, args)))
@@ -61,11 +58,10 @@ def forked(main, *args, before=lambda: None):
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
-        _, status = os.waitpid(pid, 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         out.seek(0)
         err.seek(0)
-        texts = out.read().decode(), err.read().decode()
-        return subprocess.CompletedProcess(args, os.waitstatus_to_exitcode(status), *texts)
+        return subprocess.CompletedProcess(args, status, out.read().decode(), err.read().decode())
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +80,7 @@ def refused(capsys):
             main([str(arg) for arg in args])
         out, err = capsys.readouterr()
         assert (exit.value.code, out, len(err.splitlines())) == (2, "", 1), err
-        for word in words:
-            assert word in err
+        assert all(word in err for word in words), err
 
     return check
 
@@ -94,8 +89,8 @@ def refused(capsys):
 def tiny(tmp_path_factory):
     """A folder with a short list of names and a network that was trained on it for 40 steps."""
     folder = tmp_path_factory.mktemp("tiny")
-    names = ["ada", "bea", "cleo", "dora", "edda", "finn", "gus", "hal", "ida", "jo", "kai", "lea"]
-    (folder / "names.txt").write_text("\n".join(names) + "\n")
+    names = "ada bea cleo dora edda finn gus hal ida jo kai lea".split()
+    (folder / "names.txt").write_text("\n".join(names))
     files = "--data", folder / "names.txt", "--out", folder / "model.pth"
     process = forked(train.main, *files, *SMALL)
     assert process.returncode == 0, process.stderr
