@@ -374,10 +374,10 @@ def load(path):
 
 @torch.no_grad()
 def load_pretrained(net, vocab, pretrained, pretrained_vocab):
-    """Copy what a trained network of the same sizes has learned -> the characters that both know.
+    """Copy what a trained network of the same sizes has learned -> {character: that it is from}.
 
-    For these, their vectors and rows of the head's weight; and every level between. The head's bias
-    stays: it holds the frequencies of the new list.
+    For these characters their vectors and rows of the head's weight, and every level between. The
+    head's bias stays: it holds the frequencies of the new list.
     """
     stoi = pretrained_vocab.stoi
     known = {i: stoi.get(c) or stoi.get(other_case(c)) for i, c in enumerate(vocab.chars)}
@@ -388,4 +388,5 @@ def load_pretrained(net, vocab, pretrained, pretrained_vocab):
             new[rows] = old[old_rows]
         elif new is not net[-1].bias:
             new.copy_(old)
-    return vocab.decode(rows[1:])
+    took = {vocab.chars[i]: pretrained_vocab.chars[known[i]] for i in rows[1:]}
+    return {char: old for char, old in took.items() if char != CASE_MARK}

@@ -48,7 +48,7 @@ def default_hparams(n):
     dropout = round(5.7 / n**0.3, 2)
     table = {  # for at most so many windows: dropout, truncate, steps
         5_000: (0.4, 0.95, 12_000),
-        30_000: (0.3, 0.8, 30_000),
+        30_000: (0.3, 0.8, 20_000),
         math.inf: (dropout, round(max(0.0, 8 * (dropout - 0.15)), 2), min(200_000, n * 13 // 10)),
     }
     row = next(row for most, row in table.items() if n <= most)
@@ -466,8 +466,8 @@ def run(args, given):
         if shipped not in (None, own):
             raise ValueError("the shipped network has other layers: add --out FILE.pth")
     out, pretrained = os.path.realpath(args.out or sampling.MODEL), None
-    if not out.endswith(".pth"):
-        raise ValueError(f"--out {args.out} is no name like own.pth: choose one that ends in .pth")
+    if not out.endswith(".pth") or not os.path.isdir(os.path.dirname(out)):
+        raise ValueError(f"--out {args.out} is no name like own.pth, in a folder that exists")
     unfinished = f"{out}.unfinished"
     with process_group(args.device), nullcontext() if rank() else locked(f"{unfinished}.lock"):
         state = None
@@ -596,7 +596,9 @@ def new_network(args, vocab, tokens, pretrained):
     weights = []
     if pretrained:
         took = model.load_pretrained(net, vocab, *pretrained[:2])
-        log(f"from {args.init_from}: all levels, and the vectors of {len(took)} characters, {took}")
+        same = "".join(char for char, old in took.items() if char == old)
+        other = "".join(f", {char} from {old}" for char, old in took.items() if char != old)
+        log(f"from {args.init_from}: all levels, and the vectors of {same or 'none'}{other}")
         log("if the two lists share names, the losses flatter")
         weights = [weight.detach().clone() for weight in net.parameters()]
     return net.to(args.device), weights
@@ -650,7 +652,8 @@ def finish(args, net, state, vocab, parts, data, fitting, out, picture):
     print(f"written: {out} and {picture}\nnext:")
     words = ["--model", args.out] * bool(args.out) + ["--new"]
     words += ["--data", args.data] * (args.data != sampling.NAMES)
-    print(sampling.command("sampling.py", *words, *["--column", args.column] * bool(args.column)))
+    words += ["--column", args.column] * bool(args.column)
+    print(sampling.command("sampling.py", *words), flush=True)  # before the state is removed
 
 
 if __name__ == "__main__":

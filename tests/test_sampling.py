@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import forked, run
+from conftest import forked
 from scipy.stats import chisquare
 from test_model import random_net, slow_windows
 from torch.nn import functional as F
 
-from model import Vocabulary
-from sampling import generate, main, sample_matching, score
+import sampling
+from model import Vocabulary, save
 
 PLAIN, TITLE = Vocabulary(["abc"]), Vocabulary(["Aabb"])
 NETS = {vocab: random_net(5, len(vocab), 4, 3, 6).eval() for vocab in (PLAIN, TITLE)}
@@ -21,15 +21,15 @@ for net in NETS.values():
 both = pytest.mark.parametrize("vocab", NETS, ids=["plain", "title"])
 
 
-def chances(vocab, start, max_length, temperature=1.0, top_k=None):
-    """name -> its probability, multiplied up from the logits of whole windows."""
-    result, most = Counter(), max_length * (2 if vocab.mark else 1)
+def chances(vocab, args):
+    """{name: its probability} under these flags, multiplied up from logits of whole windows."""
+    result, most = Counter(), args.max_length * (2 if vocab.mark else 1)
 
     def grow(tokens, chance):
         logits = NETS[vocab](torch.tensor([([0] * 4 + tokens)[-4:]]))[0].double()
-        weights = (logits / temperature).exp()
+        weights = (logits / args.temperature).exp()
         weights[0] *= len(tokens) > 0
-        weights[weights < weights.sort().values[-(top_k or 0)]] = 0
+        weights[weights < weights.sort().values[-(args.top_k or 0)]] = 0
         for token, weight in enumerate((weights / weights.sum()).tolist()):
             if token == 0:
                 result[vocab.decode(tokens)] += chance * weight
@@ -37,75 +37,55 @@ def chances(vocab, start, max_length, temperature=1.0, top_k=None):
                 grow([*tokens, token], chance * weight)
 
     with torch.no_grad():
-        grow(vocab.encode(start), 1.0)
-    return {name: chance for name, chance in result.items() if 0 < len(name) <= max_length}
-
-
-def fit(names, expected):
-    """Whether the frequencies of names are those of expected: chi-square."""
-    counts, n = Counter(names), len(names)
-    common = [name for name in expected if expected[name] * n >= 5]
-    wanted, found = [expected[name] * n for name in common], [counts[name] for name in common]
-    rest = 5 + n - sum(wanted), 5 + n - sum(found)  # 5: without, it may be next to nothing
-    assert len(common) > 3 and set(counts) <= set(expected)
-    return chisquare([*found, rest[1]], [*wanted, rest[0]]).pvalue > 0.01
+        grow(vocab.encode(args.start), 1.0)
+    lengths, pattern = range(args.min_length, args.max_length + 1), re.compile(args.match)
+    result = {k: v for k, v in result.items() if v and len(k) in lengths and pattern.search(k)}
+    return {name: chance / sum(result.values()) for name, chance in result.items()}
 
 
 @both
 @pytest.mark.parametrize(
-    "start, temperature, top_k", [("", 1.0, None), ("", 2.0, 2), ("b", 0.5, None), ("ab", 1.3, 3)]
+    "flags",
+    [
+        "",
+        "--temperature 0.5 --start b",
+        "--temperature 2 --top-k 3",
+        "--start ab --temperature 1.3 --top-k 3",
+        "--min-length 2 --match a$",
+        "--min-length 2 --max-length 2 --match ^[^A]*$",
+    ],
 )
-def test_frequencies_are_the_networks_probabilities(vocab, start, temperature, top_k):
-    """Names have no mark, and none is of more than 3 characters or cut to 3."""
-    torch.manual_seed(2)
-    names = generate(NETS[vocab], vocab, 20_000, start, temperature, top_k, 3)
-    expected = chances(vocab, start, 3, temperature, top_k)
-    names += [None] * (20_000 - len(names))
-    assert fit(names, expected | {None: 1 - sum(expected.values())})
+def test_frequencies_are_the_networks_probabilities(vocab, flags, tmp_path):
+    """Also under filters: no name is cut, none holds the mark or counts it as a character."""
+    save(tmp_path / "own.pth", NETS[vocab], vocab, {})
+    argv = f"--model {tmp_path}/own.pth -n 9000 --seed 2 --max-length 3 {flags}".split()
+    expected = chances(vocab, sampling.build_parser().parse_args(argv))
+    process = forked(sampling.main, *argv)
+    assert (process.returncode, process.stderr) == (0, "")
+    counts = Counter(process.stdout.splitlines())
+    assert counts.total() == 9000 and set(counts) <= set(expected) and len(expected) > 2
+    common = [name for name in expected if expected[name] * 9000 >= 5]
+    rest = 1 - sum(expected[name] for name in common), 9000 - sum(counts[n] for n in common)
+    wanted, found = [expected[name] * 9000 for name in common], [counts[name] for name in common]
+    # 5 more, as the rest may be next to nothing.
+    assert chisquare([*found, rest[1] + 5], [*wanted, rest[0] * 9000 + 5]).pvalue > 0.01
 
 
-@both
-@pytest.mark.parametrize(
-    "start, min_length, max_length, match",
-    [("", 3, 4, ""), ("", 1, 4, "a$"), ("b", 2, 4, "^[^A]*$"), ("ab", 3, 5, "a.*b")],
-)
-def test_names_asked_for_have_conditional_probabilities(
-    vocab, start, min_length, max_length, match
-):
-    expected, pattern = chances(vocab, start, max_length), re.compile(match)
-    expected = {k: v for k, v in expected.items() if len(k) >= min_length and pattern.search(k)}
-    expected = {name: chance / sum(expected.values()) for name, chance in expected.items()}
-
-    def sample(size):
-        return generate(NETS[vocab], vocab, size, start, max_length=max_length)
-
-    torch.manual_seed(3)
-    names = list(sample_matching(sample, 5000, min_length=min_length, pattern=pattern))
-    assert len(names) == 5000 and fit(names, expected)
-
-
-@both
-def test_longer_names_are_dropped_not_cut(vocab):
-    """The same random numbers bring the same names, without the longer ones."""
-    for most in 1000, 4:
-        torch.manual_seed(1)
-        names = generate(NETS[vocab], vocab, 1000, max_length=most)
-        if most == 1000:
-            shorter = [name for name in names if len(name) <= 4]
-    assert names == shorter and 500 < len(names) < 950
-
-
-def test_extreme_temperatures():
-    net, likeliest = NETS[PLAIN], max(chances(PLAIN, "", 3, 0.1).items(), key=lambda x: x[1])[0]
-    assert set(generate(net, PLAIN, 100, temperature=1e-300)) == {likeliest}
-    firsts = Counter(name[0] for name in generate(net, PLAIN, 4000, temperature=1e30))
-    assert chisquare([firsts[char] for char in "abc"]).pvalue > 0.01
+def test_the_chance_of_a_capital_is_that_of_the_mark_and_its_letter():
+    tokens = torch.tensor([[0, TITLE.mark, 2, 3], [TITLE.mark, 2, 3, TITLE.mark]])  # "Ab", marked
+    (end, mark, a, b), (_, _, A, B) = NETS[TITLE](tokens).softmax(1).tolist()
+    found, expected = (
+        sampling.next_chances(NETS[TITLE], TITLE, "Ab"),
+        [end, a, b, mark * A, mark * B],
+    )
+    assert found == pytest.approx(dict(zip(".abAB", expected)))
+    assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
 @both
 def test_scores_are_cross_entropies_per_character_of_the_name(vocab):
     names = ["a", "bab", "x", "abababababab" * 9, "bab", "a.b", "", "bBA", "AA"]
-    losses = score(NETS[vocab], vocab, names)
+    losses = sampling.score(NETS[vocab], vocab, names)
     unknown = [2, 5] if vocab.mark else [2, 5, 7, 8]
     assert [i for i, loss in enumerate(losses) if loss == math.inf] == unknown
     for name, loss in zip(names, losses):
@@ -113,69 +93,55 @@ def test_scores_are_cross_entropies_per_character_of_the_name(vocab):
             contexts, targets = map(torch.tensor, zip(*slow_windows([name], vocab, 4)))
             expected = F.cross_entropy(NETS[vocab](contexts), targets, reduction="sum")
             assert loss == pytest.approx(expected.item() / (len(name) + 1))
-    assert score(NETS[vocab], vocab, []) == []
 
 
-def test_score_prints_the_loss_of_each_name(tiny, tmp_path):
-    (tmp_path / "some.txt").write_bytes("\ufeffida\r\n\n  jo \nIda\na.a\nida".encode())
-    process = run("sampling.py", "--model", tiny / "model.pth", "--score", tmp_path / "some.txt")
-    losses, names = zip(*(line.split("\t") for line in process.stdout.splitlines()))
-    assert names == ("ida", "jo", "Ida", "a.a", "ida")
-    assert losses[2:4] == ("inf", "inf") and 0 < float(losses[0]) == float(losses[4]) < 4
-    assert process.stderr == "names with characters that the network does not know: 2\n"
-    again = run("sampling.py", "--model", tiny / "model.pth", "--score", "-", input="ida\njo\n")
-    assert again.stdout == process.stdout[: len(again.stdout)]
+def test_score_prints_a_line_for_each_line(tiny, tmp_path):
+    (tmp_path / "some.txt").write_bytes("\ufeffida\r\n\n  jo \nIda\nida".encode())
+    process = forked(sampling.main, "--model", tiny / "model.pth", "--score", tmp_path / "some.txt")
+    rows = [line.split("\t") for line in process.stdout.split("\n")]
+    assert [row[-1] for row in rows] == ["ida", "", "  jo ", "Ida", "ida", ""]
+    assert rows[0] == rows[4] and 0 < float(rows[0][0]) < 4 and rows[3][:2] == ["inf", "0"]
+    assert process.stderr == "names with characters that the network does not know: 1\n"
 
 
 def test_flags(tiny):
-    def names(*flags):
-        process = forked(main, "--model", tiny / "model.pth", *flags)
-        assert (process.returncode, process.stderr) == (0, "")
+    known = (tiny / "names.txt").read_text().split()
+
+    def names(*flags, status=0):
+        process = forked(sampling.main, "--model", tiny / "model.pth", *flags)
+        assert process.returncode == status, process.stderr
         return process.stdout.splitlines()
 
-    assert names("--seed", 1, "-n", 5000) == names("--seed", 1, "-n", 5000)
-    assert names("--seed", 1) != names("--seed", 2) and names("-n", 500) != names("-n", 500)
-    assert len(names()) == 20 and all(names())
-    drawn = names("--start", "ada", "--num-samples", 50, "--max-length", 6)
-    assert len(drawn) == 50 and all(re.fullmatch("ada.{0,3}", name) for name in drawn)
-    drawn = names("--min-length", 4, "--match", "^[^a]*$")
-    assert len(drawn) == 20 and all(re.fullmatch("[^a]{4,}", name) for name in drawn)
-    assert len(set(names("--top-k", 1, "--temperature", 3))) == 1
-
-
-def test_new(tiny, refused):
-    """Names that are not in the list, each once; which list it was, the network knows."""
-    known = set((tiny / "names.txt").read_text().split())
-    new = "--model", tiny / "model.pth", "--new", "-n", 300
-    refused(main, new, "--data LIST")
-    drawn = forked(main, *new, "--data", tiny / "names.txt").stdout.splitlines()
-    assert len(drawn) == len(set(drawn)) == 300 and not known & set(drawn)
-    process = forked(main, *new, "--data", tiny / "names.txt", "--max-length", 1)
-    assert set(process.stdout.split()) == set("".join(known)) and process.returncode == 0
-    assert process.stderr.startswith(f"only {len(set(''.join(known)))} of 300 names found among ")
+    assert names("--seed", 1, "-n", 500) == names("--seed", 1, "-n", 500) != names("-n", 500)
+    assert len(names()) == 20 and len(set(names("--top-k", 1))) == 1
+    new = ["--data", tiny / "names.txt", "--new", "-n", 300]
+    assert len(set(names(*new)) - set(known)) == 300
+    assert set(names(*new, "--max-length", 1, status=1)) == set("".join(known))  # all there are
+    far = names(*new, "--min-edits", 2, "--max-length", 4)
+    assert not any(name[:i] + name[i + 1 :] in known for name in far for i in range(len(name)))
+    best, (net, vocab, _) = names("--best", "--seed", 1, "-n", 9), sampling.load(tiny / "model.pth")
+    losses = sampling.score(net, vocab, best)
+    assert losses == sorted(losses) and len(set(best)) == 9
+    assert losses[-1] < min(sampling.score(net, vocab, names("--seed", 2, "-n", 9)))
 
 
 @pytest.mark.parametrize(
-    "args, words",
-    [
-        (["--start", "a1"], "'1' is not among the characters"),
-        (["--start", "a.b"], "'.'"),
-        (["--start", "Ada"], "did you mean 'ada'"),
-        (["--start", "abc", "--max-length", 2], "--start"),
-        (["--min-length", 5, "--max-length", 4], "--min-length"),
-        (["--data", "names.txt"], "--new"),
-        (["--match", "a("], "--match"),
-        (["--score", "none.txt"], "none.txt"),
-        (["--new", "--data", "none.txt"], "none.txt"),
-        (["--model", "none.pth"], "none.pth is no file"),
-        (["--model", __file__], "test_sampling.py is damaged, or was not written by train.py"),
-        (["-n", 0], "-n"),
-        (["--temperature", 0], "--temperature"),
-        (["--temperature", "nan"], "--temperature"),
-        (["--top-k", 0], "--top-k"),
-        (["--max-length", 1001], "--max-length"),
-        (["--seed", -1], "--seed"),
-    ],
+    "flags, words",
+    {
+        "--start a1": "'1' is not among the characters",
+        "--start a.b": "a name cannot hold '.'",
+        "--start Ada": "did you mean 'ada'",
+        "--start abc --max-length 2": "--start or --min-length is longer than --max-length 2",
+        "--match a(": "--match 'a(' is not a regular expression",
+        "--score none.txt": "none.txt cannot be used",
+        "--new": "was not trained on names.txt: add --data LIST",
+        "--new --data none.txt": "none.txt cannot be used",
+        "--model none.pth": "none.pth is no file",
+        f"--model {__file__}": "test_sampling.py is damaged, or was not written by train.py",
+        "--temperature 0": "that is --top-k 1",
+        "-n 0": "-n/--num-samples: '0' is not from 1",
+        "--max-length 1001": "--max-length: '1001' is not from 1 to 1000",
+    }.items(),
 )
-def test_bad_input(tiny, refused, args, words):
-    refused(main, ["--model", tiny / "model.pth", *args], words)
+def test_bad_input(tiny, refused, flags, words):
+    refused(sampling.main, ["--model", tiny / "model.pth", *flags.split()], words)

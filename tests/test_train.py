@@ -1,6 +1,7 @@
 """The split, the minibatches, the steps, measuring, what is kept, and edits of the network."""
 
 import copy
+import importlib
 import math
 import random
 import re
@@ -45,8 +46,9 @@ def trained(args, val=NAMES, pretrained=False, resume=None):
     """A training, or one from a saved state on -> the network to be written, the states saved."""
     net, average, saved, val = network(args), network(args), [], windows(val, VOCAB, 8)
     state = dict(step=0, averaged=0, loss_sum=0.0, best={"loss": math.inf})
-    state |= dict(curves={"train": [], "val": []}, pretrained=list(average.parameters()))
-    state["pretrained"] = [p.detach().clone() for p in net.parameters() if pretrained]
+    state |= dict(curves={"train": [], "val": []}, pretrained=[])
+    if pretrained:
+        state["pretrained"] = list(network(args).parameters())
     if resume:
         state = copy.deepcopy(resume)
         net.load_state_dict(state["state_dict"])
@@ -70,12 +72,13 @@ def plain_loss(net, names, scale=1.0, vocab=VOCAB):
     return loss / sum(len(name) + 1 for name in names)
 
 
-def test_split_is_the_protocol():
-    names = [f"name {i}" for i in range(29_693)]
-    parts, shuffled = train.split(names), names.copy()
-    random.Random(42).shuffle(shuffled)
+def test_the_distinct_names_of_names_txt_are_split_by_the_protocol():
+    names = list(dict.fromkeys((ROOT / "names.txt").read_text().split()))
+    assert read_names(ROOT / "names.txt") == names and len(names) == 29_693
+    parts = train.split(names)
+    random.Random(42).shuffle(names)
     assert [len(parts[part]) for part in ("train", "test", "val")] == [23_754, 2_969, 2_970]
-    assert parts["train"] + parts["test"] + parts["val"] == shuffled
+    assert parts["train"] + parts["test"] + parts["val"] == names
 
 
 def test_truncate_keeps_the_last_2_to_8_tokens_of_a_share():
@@ -253,42 +256,36 @@ EDITS = [  # of the text of WaveNet, and whether the fast way is taken
     (" Linear(", " nn.Linear(", False),
     ("(*layers, ", "(*layers, nn.BatchNorm1d(n_hidden), ", False),
 ]
-MANY = [one + other.lower() for one, other in product(NAMES, NAMES)]
-
-
-def train_and_score(argv):
-    """With the modules of this folder; then the losses of net(context). In its own process."""
-    for name in "layers", "model", "train", "sampling":
-        del sys.modules[name]
-    sys.path.insert(0, "")
-    import layers
-    import model
-    import sampling
-    import train
-
-    if argv == ["added to layers.FAST"]:
-        layers.FAST += (model.WithBackward,)
-    train.main(["--data", "names.txt", "--out", "own.pth", *SMALL, "--truncate", "0"])
-    sampling.main(["--model", "own.pth", "-n", "5", "--max-length", "30"])
-    sampling.main(["--model", "own.pth", "--score", "names.txt"])
-    net, vocab, _ = model.load("own.pth")
-    for name in MANY:
-        print(layers.has_fast_way(net), plain_loss(net, [name], vocab=vocab))
+MODULES = "layers", "model", "train", "sampling"
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=str)
 def test_an_edited_network_trains_saves_loads_samples_and_scores(edit, tmp_path, monkeypatch):
-    for file in "layers.py", "model.py", "train.py", "sampling.py":
-        shutil.copy(ROOT / file, tmp_path)
+    """The losses of names are those of net(contexts)."""
     (old, new, fast), (head, text) = edit, (ROOT / "model.py").read_text().split("class WaveNet(")
+    names = [one + other.lower() for one, other in product(NAMES, NAMES)]
+    for name in MODULES:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
     assert old in text
     (tmp_path / "model.py").write_text(head + OWN + text.replace(old, new))
-    (tmp_path / "names.txt").write_text("\n".join(MANY))
+    (tmp_path / "names.txt").write_text("\n".join(names))
     monkeypatch.chdir(tmp_path)
-    process = forked(train_and_score, fast)
+
+    def check(argv):  # in its own process, with the modules of this folder
+        for name in MODULES:
+            del sys.modules[name]
+        sys.path.insert(0, "")
+        layers, model, train, sampling = map(importlib.import_module, MODULES)
+        if fast == "added to layers.FAST":
+            layers.FAST += (model.WithBackward,)
+        train.main(["--data", "names.txt", "--out", "own.pth", *SMALL, "--truncate", "0"])
+        sampling.main(["--model", "own.pth", "-n", "5", "--max-length", "30"])
+        sampling.main(["--model", "own.pth", "--score", "names.txt"])
+        net, vocab, _ = model.load("own.pth")
+        losses = sampling.score(net, vocab, names)
+        assert losses == pytest.approx([plain_loss(net, [n], vocab=vocab) for n in names], abs=1e-4)
+        assert layers.has_fast_way(net) == bool(fast)
+
+    process = forked(check)
     assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
-    for score, plain in zip(lines[-72:-36], lines[-36:], strict=True):
-        way, loss = plain.split()
-        assert float(score.split("\t")[0]) == pytest.approx(float(loss), abs=1e-4)
-        assert way == str(bool(fast))
+    assert len(process.stdout.splitlines()) > 5 + len(names)

@@ -1,4 +1,4 @@
-"""Folders for the robust tests: with a list, with a finished training, with one that was stopped."""
+"""Folders for the robust tests: with a list, with a trained network, with a stopped training."""
 
 import os
 import shutil
@@ -6,30 +6,26 @@ import signal
 
 import pytest
 import torch
-from conftest import forked
-from helpers import LEFT, NAMES, at, command, signals
-
-import train
+from helpers import LEFT, NAMES, OLD, at, signals, training
 
 
 def fill(folder):
     (folder / "names.txt").write_text("\n".join(NAMES))
-    (folder / "own.pth").write_bytes(b"an older network")
+    (folder / "own.pth").write_bytes(OLD)
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a list and an older network."""
-    fill(tmp_path)
-    return tmp_path
+    return fill(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with a list and the files of a training that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "names.txt").write_text("\n".join(NAMES))
-    process = forked(train.main, *command(folder))
+    folder = fill(tmp_path_factory.mktemp("trained"))
+    process = training(folder)
     assert process.returncode == 0, process.stderr
     assert sorted(os.listdir(folder)) == LEFT
     return folder
@@ -38,10 +34,8 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory):
     """A folder with a list, an older network and a training stopped at its 75th step."""
-    folder = tmp_path_factory.mktemp("stopped")
-    fill(folder)
-    stop = at("train.train_step", 75, signals(signal.SIGTERM))
-    process = forked(train.main, *command(folder), before=stop)
+    folder = fill(tmp_path_factory.mktemp("stopped"))
+    process = training(folder, before=at("train.train_step", 75, signals(signal.SIGTERM)))
     assert process.returncode == 128 + signal.SIGTERM, process.stderr
     return folder
 

@@ -13,14 +13,26 @@ NAMES = ["".join(name) for name in product("kmrst", "aeio", "ln", ["", "a", "is"
 SIZES = "--batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
 SMALL = [*SIZES, *"--steps 120 --checkpoint-every 35 --lr 0.3 --dropout 0.1".split()]
 LEFT = ["names.txt", "own.png", "own.pth"]  # after a training there is no other file
+OLD = b"an older network"
 
 
 def command(folder, *more):
     return ["--data", str(folder / "names.txt"), "--out", str(folder / "own.pth"), *SMALL, *more]
 
 
+def training(folder, *more, before=lambda: None):
+    return forked(train.main, *command(folder, *more), before=before)
+
+
 def resume(folder, *more):
     return forked(train.main, "--resume", "--out", folder / "own.pth", *more)
+
+
+def last_line(process):
+    """What is said last by a training that was refused or failed."""
+    assert (process.returncode, process.stdout) == (2, ""), process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stderr.splitlines()[-1]
 
 
 def result(folder):
@@ -28,6 +40,10 @@ def result(folder):
     checkpoint = torch.load(folder / "own.pth", weights_only=True)
     state = {name: tensor.numpy().tobytes() for name, tensor in checkpoint["state_dict"].items()}
     return state, checkpoint["metadata"], (folder / "own.png").read_bytes()
+
+
+def state_of(folder):
+    return torch.load(folder / "own.pth.unfinished", weights_only=True)
 
 
 def at(where, nth, action):
