@@ -275,7 +275,8 @@ def run(args, given):
         return 0
     known = read_known(args, metadata)
     if args.page:
-        return write_page(args.page, net, vocab, args.data or args.model, args.new and known)
+        title = os.path.basename(args.data or args.model)
+        return write_page(args.page, net, vocab, title, args.new and known)
     return print_names(args, net, vocab, metadata, known)
 
 
@@ -417,7 +418,7 @@ def write_page(path, net, vocab, title, names):
     with open(os.path.join(HERE, "sampling.html"), encoding="utf-8") as file:
         before, after = file.read().split('id="network">null<')
     network = {"config": net.config, "chars": list(vocab.chars), "mark": vocab.mark or -1}
-    network |= {"title": os.path.basename(title), "layers": page_layers(net), "names": None}
+    network |= {"title": title, "layers": page_layers(net), "names": None}
     if names:
         log(f"the page holds the list of {len(names):,} names: mind who may see it")
         network["names"] = base64.b64encode(gzip.compress("\n".join(names).encode())).decode()

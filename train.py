@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -21,7 +22,7 @@ import layers
 import model
 import sampling
 from model import Vocabulary, WaveNet, contexts_and_targets, windows
-from sampling import bounded, token_losses
+from sampling import bounded, refuse_flags, token_losses
 
 EVAL_WINDOWS = 25_000, 430_000  # at most, of a split: at each validation, and at the end
 SCALES = [percent / 100 for percent in range(30, 136, 5)]  # of the logits, for calibrate()
@@ -221,7 +222,8 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
         validate(average, train_windows, val_windows, vocab, state)
     for module in net.train().modules():
         module.track_running_stats = False  # only the average's are needed: validate() sets them
-    bar = tqdm(total=steps, initial=state["step"], dynamic_ncols=True, disable=rank() > 0 or None)
+    hidden = rank() > 0 or sys.stderr is None or None  # None: where stderr is no terminal
+    bar = tqdm(total=steps, initial=state["step"], dynamic_ncols=True, disable=hidden)
     bar.bar_format = "{n_fmt}/{total_fmt} {remaining} {rate_fmt} {desc}"
     with bar, stop_signals() as signals:
         for step in range(state["step"], steps):
@@ -390,13 +392,7 @@ def build_parser():
     add("--steps", type=n, metavar="N", help="steps of SGD (what suits the list)")
     add("--dropout", type=dropout, metavar="P", help="share of channels (what suits the list)")
     add("--truncate", type=share, metavar="P", help="share of short contexts (what suits the list)")
-    add(
-        "--lr",
-        type=positive,
-        metavar="X",
-        default=0.1,
-        help="learning rate; at half way / 10 (0.1)",
-    )
+    add("--lr", type=positive, metavar="X", default=0.1, help="learning rate at first (0.1)")
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows per step (96)")
     add("--seed", type=seed, metavar="N", default=1, help="another seed, another network (1)")
     threads = bounded(int, 1, 1024)
@@ -404,9 +400,7 @@ def build_parser():
     add("--device", default="cpu", choices=devices(), help="where to train (cpu)")
     add = parser.add_argument_group("network").add_argument
     blocks = [2**i for i in range(1, 11)]
-    add(
-        "--block-size", type=int, choices=blocks, metavar="N", default=16, help="2, 4 ... 1024 (16)"
-    )
+    add("--block-size", type=int, choices=blocks, metavar="N", default=16, help="2 ... 1024 (16)")
     add("--n-embd", type=size, metavar="N", default=24, help="size of a character's vector (24)")
     add("--n-hidden", type=size, metavar="N", default=280, help="channels of each level (280)")
     return parser
@@ -457,9 +451,7 @@ def main(argv=None):
 def run(args, given):
     """Start a training or go on with one, the only one that writes to its files -> exit status."""
     if args.out is None:
-        sampling.refuse_flags(
-            given, WITHOUT_OUT, "would change the shipped network: add --out FILE.pth"
-        )
+        refuse_flags(given, WITHOUT_OUT, "would change the shipped network: add --out FILE.pth")
         own, shipped = model.layer_names(WaveNet(2, args.block_size, 1, 1)), None
         with suppress(ValueError):  # where there is no network, none can be lost
             shipped = model.read_checkpoint(sampling.MODEL, model.CHECKPOINT, "")["layers"]
@@ -472,17 +464,13 @@ def run(args, given):
     with process_group(args.device), nullcontext() if rank() else locked(f"{unfinished}.lock"):
         state = None
         if args.resume:
-            sampling.refuse_flags(
-                given, WITH_RESUME, "cannot be given with --resume, which knows its flags"
-            )
+            refuse_flags(given, WITH_RESUME, "cannot go with --resume, which knows its flags")
             state = model.read_checkpoint(unfinished, STATE, "there is nothing to resume")
             args = resumed(given, state["args"])
         elif os.path.exists(unfinished):
             raise ValueError(f"{unfinished} is an unfinished training: add --resume, or delete it")
         elif args.init_from:
-            sampling.refuse_flags(
-                given, given.keys() - SIZES, f"is that of {args.init_from}: leave it out"
-            )
+            refuse_flags(given, given.keys() - SIZES, f"is that of {args.init_from}: leave it out")
             pretrained = model.load(args.init_from)
             vars(args).update({name: pretrained[0].config[name] for name in SIZES})
         signum = train_list(args, state, pretrained, out, unfinished)
@@ -530,9 +518,8 @@ def train_list(args, state, pretrained, out, unfinished):
     describe(len(names), vocab, data, net, chosen)
     # Not copies but the weights themselves: whenever the state is saved they are those of its step.
     state |= own | {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
-    state["args"] = vars(args) | {
-        "data": args.data if args.data == "-" else os.path.abspath(args.data)
-    }
+    path = args.data if args.data == "-" else os.path.abspath(args.data)
+    state["args"] = vars(args) | {"data": path}
     save_state = partial(model.write_checkpoint, unfinished)
     fitting = data["train"], data["val"][: min(EVAL_WINDOWS[0], 2**25 // len(vocab))]
     try:
@@ -560,7 +547,7 @@ def restore(state, own, net, average, unfinished):
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
         best, curves = state["best"], state["curves"]["train"] + state["curves"]["val"]
-        known = best["state_dict"] if state["step"] and curves else []
+        known = best.get("state_dict", [])
         shapes = [weight.shape for weight in net.parameters()]
         fits = [weight.shape for weight in state["pretrained"]] in ([], shapes)
         fits &= len(known) in (0, len(net.state_dict())) and math.isfinite(state["loss_sum"])

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 from collections import Counter
-from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -46,9 +45,8 @@ def trained(args, val=NAMES, pretrained=False, resume=None):
     """A training, or one from a saved state on -> the network to be written, the states saved."""
     net, average, saved, val = network(args), network(args), [], windows(val, VOCAB, 8)
     state = dict(step=0, averaged=0, loss_sum=0.0, best={"loss": math.inf})
-    state |= dict(curves={"train": [], "val": []}, pretrained=[])
-    if pretrained:
-        state["pretrained"] = list(network(args).parameters())
+    state["pretrained"] = list(network(args).parameters()) if pretrained else []
+    state["curves"] = {"train": [], "val": []}
     if resume:
         state = copy.deepcopy(resume)
         net.load_state_dict(state["state_dict"])
@@ -99,6 +97,7 @@ def test_dropout_changes_dropout_alone_and_truncate_the_contexts_alone(tiny, tmp
     every = small(), small(dropout=0.3), small(truncate=0.5)
     (contexts, targets), dropping, cutting = (map(torch.cat, zip(*drawn(each))) for each in every)
     assert_close([contexts, targets], list(dropping), rtol=0, atol=0)
+    assert not torch.equal(targets[:3200], targets[3200:])  # a hundred steps are drawn at once
     shorter, same_targets = cutting
     assert torch.equal(targets, same_targets) and not torch.equal(contexts, shorter)
     assert [[m.p for m in network(args) if hasattr(m, "p")] for args in every] == [
@@ -117,28 +116,24 @@ def test_dropout_changes_dropout_alone_and_truncate_the_contexts_alone(tiny, tmp
 
 def test_the_heads_bias_starts_at_the_frequencies():
     text = "".join(f"\x0e{name.lower()}." for name in NAMES)
-    counts = [text.count(char) + 0.5 for char in VOCAB.chars]
-    expected = [count / sum(counts) for count in counts]
-    assert network(small())[-1].bias.exp().tolist() == pytest.approx(expected)
+    counts = torch.tensor([text.count(char) + 0.5 for char in VOCAB.chars])
+    assert_close(network(small())[-1].bias.exp(), counts / counts.sum())
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_200_steps_are_those_of_torch_and_of_the_plain_way(pretrained, monkeypatch):
     """Each loss: in torch's layers, by autograd and SGD, where a penalty pulls matrices to 0 or to
     what they were; and, with and without dropout, by autograd through our layers."""
-    net, same, losses = network(small()), twin(len(VOCAB), 8, 10, 64), []
-    same.load_state_dict(net.state_dict())
+    origin, same, losses = list(network(small()).parameters()), twin(len(VOCAB), 8, 10, 64), []
+    same.load_state_dict(network(small()).state_dict())
     optimizer = torch.optim.SGD(same.parameters())
     for step, (contexts, targets) in enumerate(drawn(small())):
-        loss, penalty = F.cross_entropy(same(contexts), targets), 0
+        loss, both = F.cross_entropy(same(contexts), targets), zip(same.parameters(), origin)
         losses.append(loss.item() * len(TOKENS) / N_CHARACTERS)
-        for now, origin in zip(same.parameters(), net.parameters()):
-            if now.dim() == 2:
-                away = now - origin.detach() if pretrained else now
-                penalty = penalty + 60 / 12_000 / 2 * away.square().sum()
+        away = [now - pretrained * old.detach() for now, old in both if now.dim() == 2]
         optimizer.param_groups[0]["lr"] = 0.1 if step < 100 else 0.01
         optimizer.zero_grad()
-        (loss + penalty).backward()
+        (loss + 60 / 12_000 / 2 * sum(each.square().sum() for each in away)).backward()
         optimizer.step()
     for dropout in 0.0, 0.2:
         fast = trained(small(dropout=dropout), pretrained=pretrained)[1][-1]["curves"]
@@ -184,14 +179,14 @@ def test_statistics_are_means_and_variances_of_the_training_windows(kind):
     norms = [layer for layer in net if hasattr(layer, "running_mean")]
     for norm in norms:
         norm.running_mean += 9
-    train.recompute_statistics(net, TOKENS, batches=100)
+    train.recompute_statistics(net, TOKENS, batches=3)
     x, _ = contexts_and_targets(TOKENS)
     assert len(norms) == 3 and not any(module.training for module in net.modules())
     for layer in net:
         if layer in norms:
             rows = x.flatten(0, -2)
-            assert_close(layer.running_mean, rows.mean(0), rtol=0, atol=0.02)
-            assert_close(layer.running_var, rows.var(0, unbiased=False), rtol=0.02, atol=0.01)
+            assert_close(layer.running_mean, rows.mean(0), rtol=0, atol=0.06)
+            assert_close(layer.running_var, rows.var(0, unbiased=False), rtol=0.1, atol=0.03)
         x = layer(x)
 
 
@@ -237,7 +232,7 @@ class Own(nn.Module):
         self.mask = x > 0
         return x * self.mask
 
-class WithBackward(Own):
+class WithBackward(Own, Tanh):
     def backward(self, grad_out):
         return grad_out * self.mask
 
@@ -263,7 +258,7 @@ MODULES = "layers", "model", "train", "sampling"
 def test_an_edited_network_trains_saves_loads_samples_and_scores(edit, tmp_path, monkeypatch):
     """The losses of names are those of net(contexts)."""
     (old, new, fast), (head, text) = edit, (ROOT / "model.py").read_text().split("class WaveNet(")
-    names = [one + other.lower() for one, other in product(NAMES, NAMES)]
+    names = [one + other.lower() for one in NAMES for other in NAMES]
     for name in MODULES:
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     assert old in text
@@ -278,7 +273,7 @@ def test_an_edited_network_trains_saves_loads_samples_and_scores(edit, tmp_path,
         layers, model, train, sampling = map(importlib.import_module, MODULES)
         if fast == "added to layers.FAST":
             layers.FAST += (model.WithBackward,)
-        train.main(["--data", "names.txt", "--out", "own.pth", *SMALL, "--truncate", "0"])
+        train.main(["--data", "names.txt", "--out", "own.pth", *SMALL, "--dropout", "0.1"])
         sampling.main(["--model", "own.pth", "-n", "5", "--max-length", "30"])
         sampling.main(["--model", "own.pth", "--score", "names.txt"])
         net, vocab, _ = model.load("own.pth")

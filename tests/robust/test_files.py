@@ -33,7 +33,8 @@ class Code:
 def own(trained, tmp_path, monkeypatch):
     """A copy of a trained network, in a folder which is the current one."""
     monkeypatch.chdir(tmp_path)
-    return shutil.copy(trained / "own.pth", tmp_path)
+    shutil.copy(trained / "own.pth", tmp_path)
+    return tmp_path / "own.pth"
 
 
 def entries(path):
@@ -77,15 +78,14 @@ def changed(content, key, value):
 def flipped(path, read):
     """For 400 flipped bits: the one line that read(path) raised, or None where it read the same."""
     good, expected, bits = (
-        bytearray(open(path, "rb").read()),
+        bytearray(path.read_bytes()),
         contents(read(path)),
         random.Random(1),
     )
     for _ in range(400):
         place, flip = bits.randrange(len(good)), 1 << bits.randrange(8)
         good[place] ^= flip
-        with open(path, "wb") as file:
-            file.write(good)
+        path.write_bytes(good)
         good[place] ^= flip
         try:
             assert contents(read(path)) == expected
@@ -112,10 +112,9 @@ def test_a_flipped_bit_of_a_state_is_refused_or_changes_nothing(interrupted):
 
 
 def test_a_file_cut_anywhere_is_refused(own):
-    good = open(own, "rb").read()
+    good = own.read_bytes()
     for length in [0, 1, 4, 22, 64, *range(100, len(good), 211), len(good) - 22, len(good) - 1]:
-        with open(own, "wb") as file:
-            file.write(good[:length])
+        own.write_bytes(good[:length])
         refuses(own)
 
 
@@ -128,12 +127,11 @@ def test_any_bytes_are_no_network(tmp_path_factory, data):
 
 def test_zip_junk_is_refused_in_one_line(own):
     """N11: records that do not fit together, whatever zipfile raises for them."""
-    good = open(own, "rb").read()
+    good = own.read_bytes()
     start = good.rindex(b"PK\1\2")  # of the last entry in the directory
     junk = [good[: start + i] + b"\xff\xff" + good[start + i + 2 :] for i in range(4, 46)]
     for data in [*junk, b"PK\5\6" + bytes(18), b"PK\5\6" + b"\xff" * 18, b"PK\3\4" * 99]:
-        with open(own, "wb") as file:
-            file.write(data)
+        own.write_bytes(data)
         try:
             load(own)  # a date may be anything
         except ValueError as error:
@@ -149,18 +147,14 @@ def test_code_in_a_pickle_never_runs(own):
     for value in Code(), dict.fromkeys(CHECKPOINT, Code()):
         rezip(own, content | {name: pickle.dumps(value, 2)})
         refuses(own)
-    good = open(own, "rb").read()
+    good = own.read_bytes()
     torch.save(Code(), legacy, _use_new_zipfile_serialization=False)
     for data in pickle.dumps(Code()), legacy.getvalue(), legacy.getvalue() + good:
-        with open(own, "wb") as file:
-            file.write(data)
+        own.write_bytes(data)
         refuses(own)
+    torch.save({"config": {}}, own, _use_new_zipfile_serialization=False)
+    refuses(own)  # harmless, but without sums
     assert os.listdir() == ["own.pth"]  # no file "ran"
-
-
-def test_torchs_older_format_is_refused(own):
-    torch.save(torch.load(own, weights_only=True), own, _use_new_zipfile_serialization=False)
-    refuses(own)
 
 
 def test_what_is_larger_in_memory_than_in_the_file_is_refused(own):
@@ -196,6 +190,9 @@ def test_missing_keys_and_wrong_types_are_refused(own, key):
         if (key, value) != ("metadata", {}):
             write_checkpoint(own, changed(content, key, value))
             refuses(own, "holds something else|is damaged|other layers")
+    for content in None, 7, [], "names", {}, torch.zeros(3):
+        torch.save(content, own)
+        refuses(own, "is damaged|holds something else")
 
 
 SIZES = [None, 0, -1, 3, 2**62, 4.5, "8", [8]]
@@ -212,12 +209,6 @@ def test_wrong_sizes_and_shapes_are_refused(own, key):
     for value in INSIDE[key]:
         write_checkpoint(own, changed(content, key, value))
         refuses(own, "holds something else|is damaged|other layers")
-
-
-@pytest.mark.parametrize("content", [None, 7, [], "names", {}, {"config": 1}, torch.zeros(3)])
-def test_what_is_no_network_at_all_is_refused(own, content):
-    torch.save(content, own)
-    refuses(own, "is damaged|holds something else")
 
 
 def test_a_forged_vocabulary_is_refused(own):
@@ -253,11 +244,11 @@ def test_files_of_other_versions_and_layers_are_called_that(own, refused):
 
 # States
 
-FORGED = {key: [None, 5, "x"] for key in train.STATE} | {
-    "args": [None, 7, {}], "args.steps": ["x"], "args.batch_size": [None], "args.lr": [[1]],
-    "args.block_size": [2**40], "args.data": [5], "step": [10**6, -5, "x"], "best": [{}, None],
-    "best.loss": ["x"], "curves": [[]], "curves.val": [3], "average": [{"0.weight": torch.ones(1)}],
-}  # fmt: skip
+WRONG = [None, "x", [5]]
+FORGED = dict.fromkeys(train.STATE, WRONG) | {"args": [None, 7, {}, {"steps": "x"}]}
+FORGED |= {"args.lr": WRONG[1:], "args.block_size": [2**40, "8.5"], "args.data": [5, ["x"], {}]}
+FORGED |= {"step": [10**6, -5, *WRONG], "best": [*WRONG, {}], "best.loss": WRONG}
+FORGED |= {"curves.val": [3, *WRONG], "average.0.weight": [torch.ones(1), *WRONG]}
 
 
 @pytest.mark.parametrize("key", FORGED)
@@ -266,9 +257,7 @@ def test_a_forged_state_is_refused_in_one_line(interrupted, key):
     state = state_of(interrupted)
     for value in FORGED[key]:
         torch.save(changed(state, key, value), interrupted / "own.pth.unfinished")
-        assert str(interrupted) in last_line(resume(interrupted))
-    torch.save(state | {"args": None}, interrupted / "own.pth.unfinished")
-    assert last_line(resume(interrupted)) and (interrupted / "own.pth").read_bytes() == OLD
+        assert last_line(resume(interrupted)) and (interrupted / "own.pth").read_bytes() == OLD
 
 
 def test_a_damaged_state_is_refused_and_stays(interrupted, trained, refused):

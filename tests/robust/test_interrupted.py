@@ -7,6 +7,7 @@ import signal
 import subprocess
 
 import pytest
+import torch
 from conftest import forked
 from filelock import FileLock
 from helpers import (
@@ -142,6 +143,18 @@ def test_a_finetuning_is_resumed_without_its_first_network(folder, trained):
     first.unlink()
     assert resume(folder).returncode == 0
     assert result(folder) == expected
+
+
+def test_a_finetuning_keeps_the_first_network_where_no_step_is_better(folder, trained, refused):
+    args = [*command(folder)[:4], "--init-from", trained / "own.pth", "--lr", 100, "--dropout", 0]
+    process = forked(train.main, *args, "--steps", 9)
+    assert process.returncode == 0, process.stderr
+    (net, _, metadata), (old, *_) = model.load(folder / "own.pth"), model.load(trained / "own.pth")
+    assert net.config == old.config and metadata["kept"] == 0
+    for new, first in list(zip(net.parameters(), old.parameters()))[:-2]:  # those are calibrated
+        assert torch.equal(new, first)
+    refused(train.main, [*args, "--n-hidden", 9], "--n-hidden")
+    refused(train.main, [*command(folder)[:4], "--init-from", folder / "none"], "none is no file")
 
 
 # What --resume takes

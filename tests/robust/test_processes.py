@@ -6,12 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, forked
-from helpers import LEFT, NAMES, at, command, failure, resume, signals
+from helpers import LEFT, NAMES, OLD, at, command, failure, resume, signals, state_of
 from torch.nn import functional as F
 
 import model
@@ -81,9 +80,8 @@ def shares(argv):
     args = train.build_parser().parse_args("--batch-size 12 --steps 2 --truncate 0".split())
     vocab = model.Vocabulary(NAMES)
     with train.process_group("cpu"):
-        drawn = train.minibatches(
-            WaveNet(len(vocab), 4, 4, 8), model.windows(NAMES, vocab, 4), 0, args
-        )
+        net, tokens = WaveNet(len(vocab), 4, 4, 8), model.windows(NAMES, vocab, 4)
+        drawn = train.minibatches(net, tokens, 0, args)
         print(json.dumps([targets.tolist() for _, targets in drawn]))
 
 
@@ -97,9 +95,8 @@ def test_the_processes_share_the_windows_of_one():
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_several_processes_train_one_network_and_the_first_speaks(folder, n):
-    (status, stdout, stderr), *others = in_processes(
-        n, train.main, *command(folder, "--batch-size", 24)
-    )
+    args = command(folder, "--batch-size", 24)
+    (status, stdout, stderr), *others = in_processes(n, train.main, *args)
     assert status == 0, stderr
     assert others == [[0, "", ""]] * (n - 1)
     assert stdout.count("nats per character") == 1 and "240 names" in stderr
@@ -115,7 +112,7 @@ def test_an_error_in_the_second_process_is_seen(folder):
         first, second = in_processes(2, train.main, *command(folder), before=only(1, hook))
         assert second[0] != 0 and words in second[2]
         assert first[0] == 2 and "process 0" in first[2].splitlines()[-1], first[2]
-        assert (folder / "own.pth").read_bytes() == b"an older network"
+        assert (folder / "own.pth").read_bytes() == OLD
         (folder / "own.pth.unfinished").unlink(missing_ok=True)
 
 
@@ -127,7 +124,7 @@ def test_when_one_is_killed_the_other_says_so_and_one_can_go_on(folder, killed):
     assert both[killed][0] == -signal.SIGKILL
     assert (status, stdout) == (2, "") and "--resume" in stderr.splitlines()[-1], stderr
     assert "Traceback" not in stderr
-    assert torch.load(folder / "own.pth.unfinished", weights_only=True)["step"] == 35
+    assert state_of(folder)["step"] == 35
     assert resume(folder).returncode == 0
     load(folder / "own.pth")
 
@@ -135,12 +132,11 @@ def test_when_one_is_killed_the_other_says_so_and_one_can_go_on(folder, killed):
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_a_signal_to_any_process_stops_all_and_one_can_go_on(folder, signalled):
     hook = at("train.train_step", 30, signals(signal.SIGTERM))
-    (status, _, stderr), other = in_processes(
-        2, train.main, *command(folder), before=only(signalled, hook)
-    )
+    both = in_processes(2, train.main, *command(folder), before=only(signalled, hook))
+    (status, _, stderr), other = both
     assert status == other[0] == 128 + signal.SIGTERM and other[1:] == ["", ""]
     assert "--resume" in stderr.splitlines()[-1]
-    assert torch.load(folder / "own.pth.unfinished", weights_only=True)["step"] == 30
+    assert state_of(folder)["step"] == 30
     assert resume(folder).returncode == 0
     assert sorted(os.listdir(folder)) == LEFT
 
@@ -164,9 +160,8 @@ def test_other_lists_or_flags_are_refused_in_one_line(folder, flag):
 
 @pytest.mark.parametrize("n, size", [(2, 9), (3, 3), (3, 8), (2, 2)])
 def test_a_batch_that_cannot_be_shared_is_refused_in_one_line(folder, n, size):
-    (status, stdout, stderr), *_ = in_processes(
-        n, train.main, *command(folder, "--batch-size", size)
-    )
+    args = command(folder, "--batch-size", size)
+    (status, stdout, stderr), *_ = in_processes(n, train.main, *args)
     assert (status, stdout, stderr.count("\n")) == (2, "", 1), stderr
     assert f"--batch-size {size}" in stderr
     assert sorted(os.listdir(folder)) == ["names.txt", "own.pth"]
