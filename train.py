@@ -610,8 +610,8 @@ def finish(args, net, state, vocab, parts, data, fitting, out, picture):
     entropy = -counts @ (counts / counts.sum()).clamp(min=1e-30).log()
     unigram = entropy.item() / n_characters(data["train"], vocab)
     if not losses["train"] < unigram:
-        what = f"a training loss of {losses['train']:.3f}, counting characters of {unigram:.3f}"
-        raise ValueError(f"the network has learned nothing, it has {what}: lower --lr")
+        what = f"has a loss of {losses['train']:.3f}, counting characters {unigram:.3f}"
+        raise ValueError(f"the network learned nothing, it {what}: lower --lr, or more --steps")
     held_out = parts["val"][: EVAL_WINDOWS[0]] + parts["test"][: EVAL_WINDOWS[0]]
     scores = torch.tensor(sampling.score(net, vocab, held_out), dtype=torch.float64)
     metadata = {name: getattr(args, name) for name in RUN_ARGS} | {

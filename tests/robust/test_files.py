@@ -46,6 +46,8 @@ def rezip(path, content, **kwargs):
     with zipfile.ZipFile(path, "w", **kwargs) as archive:
         for name, data in content.items():
             archive.writestr(name, data)
+        for info in archive.infolist():
+            info.external_attr = 0  # as torch.save() has it
 
 
 def contents(content):
