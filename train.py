@@ -482,7 +482,8 @@ def run(args, given):
 
 def resumed(given, saved):
     """The flags of a saved training, checked as on a command line, and those given now."""
-    saved = saved if isinstance(saved, dict) else {}
+    if not isinstance(saved, dict) or any(type(saved.get(name)) is str for name in RUN_ARGS):
+        raise ValueError("the unfinished training holds something else: delete it")
     device = given.get("device") or saved.get("device")
     if device not in devices():
         raise ValueError(f"it was trained on {device!r}, which is not here: add --device cpu")
@@ -588,7 +589,17 @@ def new_network(args, vocab, tokens, pretrained):
         log(f"from {args.init_from}: all levels, and the vectors of {same or 'none'}{other}")
         log("if the two lists share names, the losses flatter")
         weights = [weight.detach().clone() for weight in net.parameters()]
+    if args.device != "cpu":
+        check_device(net, tokens[:1000], args.device)
     return net.to(args.device), weights
+
+
+def check_device(net, tokens, device):
+    """Raise ValueError where a device finds other distinct rows than the CPU: mps is young."""
+    contexts = (contexts_and_targets(tokens.to(place))[0] for place in ("cpu", device))
+    rows = [model.tensors_in(layers.distinct_rows(net, each[None])) for each in contexts]
+    if not all(torch.equal(here, there.cpu()) for here, there in zip(*rows)):
+        raise ValueError(f"--device {device} computes wrongly here: leave it out")
 
 
 def describe(n_names, vocab, data, net, chosen):
