@@ -189,8 +189,8 @@ class CrossEntropyLoss(nn.Module):
         return grad.div_(len(grad))
 
 
-# The classes that have the fast way: equal rows computed once, gradients by hand. An own layer with
-# backward() joins by being added here. Any other network runs as net(contexts), with autograd.
+# The classes that have the fast way: equal rows computed once, gradients by hand. A layer of your
+# own with backward(), that treats each row alone, joins here. Other networks run as net(contexts).
 FAST = Embedding, FlattenConsecutive, Linear, BatchNorm1d, Tanh, Dropout
 
 
