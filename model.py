@@ -87,25 +87,39 @@ def read_column(path, lines, column):
         if not found:
             raise ValueError
     except (csv.Error, ValueError) as error:
-        what = f"row {rows.line_num}: {error}" if isinstance(error, csv.Error) else head[:1]
-        raise ValueError(f"{path} has no column {column!r} ({what})") from None
+        what = (
+            f"row {rows.line_num}, {error}" if isinstance(error, csv.Error) else "its first row is"
+        )
+        raise ValueError(f"{path} has no column {column!r}: {what} {head[:1]}") from None
+
+
+def is_json(text):
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def refuse_table(path, lines, rows):
     """Raise ValueError when a file's lines, of which `rows` are some, are no list of names."""
-    counts, kind = [sum(NUMBERED.match(row) is not None for row in rows)], "a table"
+    first, numbered = rows[0], sum(NUMBERED.match(row) is not None for row in rows)
+    of_fields = 0  # how many rows have the same number of them
     for delimiter in ",;\t":
         fields = Counter(len(next(csv.reader([row], delimiter=delimiter))) for row in rows)
-        counts += [count for n, count in fields.items() if n > 1]
-    if len(rows) == 1 and max(counts):
-        raise ValueError(f"one name per line: the file {path} has one line, {rows[0][:60]!r}")
-    if rows[0][0] in "[{":
-        with suppress(ValueError, RecursionError):
-            json.loads("\n".join(lines))
-            counts, kind = [len(rows)], "JSON"
-    if max(counts) >= 0.9 * len(rows):
-        what = f"{path} looks like {kind}, not like names: {rows[0][:60]!r}"
-        raise ValueError(f"{what}. Take one column (--column 1), or all as it is (--column 0)")
+        of_fields = max([of_fields] + [count for n, count in fields.items() if n > 1])
+    if len(rows) == 1 and max(numbered, of_fields):
+        raise ValueError(f"one name per line: the file {path} has one line, {first[:60]!r}")
+    if first[0] in "[{" and is_json("\n".join(lines)):
+        what = "is JSON: save its names as text, one per line"
+    elif of_fields >= 0.9 * len(rows):
+        what = "looks like a table: take one column (--column 1, or --column HEADING)"
+    elif numbered >= 0.9 * len(rows):
+        what = "is numbered: take the numbers out"
+    else:
+        return
+    keep = "or keep the lines as they are (--column 0)"
+    raise ValueError(f"{path}, whose first row is {first[:60]!r}, {what}, {keep}")
 
 
 def read_names(path, column=None, log=lambda message: None):
@@ -151,7 +165,7 @@ def sha256(names):
 
 
 def other_case(char):
-    """ "e" for "E" and "E" for "e"; None for what has no other case, or not just one character."""
+    """The capital of a small letter, or the reverse; None where it is not a single character."""
     other = char.swapcase()
     return other if other != char and len(other) == 1 and other.swapcase() == char else None
 
@@ -172,9 +186,7 @@ class Vocabulary:
             cases[char.isupper()] += counts[char]
         rarer = cases[True] <= cases[False]  # the capitals, or else the small letters
         marked = {c for c in counts if len(cases) == 2 and other_case(c) and c.isupper() == rarer}
-        chars = (
-            set(counts) - marked | set(map(other_case, marked)) | set(CASE_MARK if marked else ())
-        )
+        chars = {other_case(c) if c in marked else c for c in counts} | {CASE_MARK for _ in marked}
         self.end = LINE_END if END in chars else END
         self.chars = self.end + "".join(sorted(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}
@@ -311,7 +323,7 @@ def read_checkpoint(path, keys, advice):
     Raises ValueError, which ends with the advice, when there is none, or it is damaged or another.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is no file: {advice}")
+        raise ValueError(f"{path} is not a file: {advice}")
     content, size = None, os.path.getsize(path)
     with named(path), open(path, "rb") as file, suppress(Exception):
         # Whatever zipfile and torch raise, the file is not theirs. zipfile checks all sums; these
@@ -388,5 +400,5 @@ def load_pretrained(net, vocab, pretrained, pretrained_vocab):
             new[rows] = old[old_rows]
         elif new is not net[-1].bias:
             new.copy_(old)
-    took = {vocab.chars[i]: pretrained_vocab.chars[known[i]] for i in rows[1:]}
-    return {char: old for char, old in took.items() if char != CASE_MARK}
+    rows = [i for i in rows[1:] if i != vocab.mark]
+    return {vocab.chars[i]: pretrained_vocab.chars[known[i]] for i in rows}

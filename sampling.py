@@ -19,8 +19,9 @@ from itertools import islice
 
 import torch
 
+import layers
 import model
-from layers import BatchNorm1d, distinct_rows, forward
+from layers import distinct_rows, forward
 from model import contexts_and_targets, load, normalize, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -170,7 +171,7 @@ def bounded(kind, low, high):
 
 def parse(parser, argv):
     """(all flags, {name: value} of those that were given)."""
-    parser.error = fail
+    parser.error = lambda message: fail(f"{message}: see --help")
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # its values win over the defaults
     return args, {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
@@ -227,11 +228,9 @@ def build_parser():
     add("-n", "--num-samples", type=count, metavar="N", default=20, help="how many: -n 100 (20)")
     add("--start", metavar="TEXT", default="", help="names that begin with it: --start jo")
     add("--min-length", type=count, metavar="N", default=1, help="of at least N characters")
-    add(
-        "--max-length", type=length, metavar="N", default=MAX_LENGTH, help="of at most N characters"
-    )
+    add("--max-length", type=length, metavar="N", default=MAX_LENGTH, help="of at most N")
     add("--match", metavar="REGEX", default="", help="that match: --match '^j.*n$', from j to n")
-    add("--new", action="store_true", help="that are not in the list it was trained on, each once")
+    add("--new", action="store_true", help="that are not in its training list, without repeats")
     add("--min-edits", type=length, metavar="D", help="new, at least D edits from any in the list")
     add("--best", action="store_true", help="the best of 20 times as many that fit all other flags")
     add("--data", metavar="LIST", help="the list it was trained on: --new --data elves.txt")
@@ -244,12 +243,7 @@ def build_parser():
     add("--seed", type=seed, metavar="N", help="for the same names again: --seed 1")
     add("--threads", type=threads, metavar="N", default=1, help="processor cores to use (1)")
     add = parser.add_argument_group("instead of drawing").add_argument
-    add(
-        "--score",
-        metavar="FILE",
-        help="for each line its loss, the percentage of held-out names "
-        "of the list that fit worse, the line; - is standard input; with --best -n 10 the best 10",
-    )
+    add("--score", metavar="FILE", help="how well each line fits; - is standard input")
     add("--explain", nargs="+", metavar="NAME", help="where a name fits, character by character")
     add("--page", metavar="FILE", help="write a web page that draws names: --page names.html")
     return parser
@@ -266,17 +260,19 @@ def run(args, given):
         if mode in given:
             refuse_flags(given, ["model", "threads", mode, *allowed], f"cannot go with --{mode}")
     args.new |= args.min_edits is not None
+    if args.score is not None and not args.best and "num_samples" in given:
+        raise ValueError("-n goes with --score only beside --best")
     net, vocab, metadata = load(args.model)
     if args.score is not None:
         return print_scores(args, net, vocab, metadata)
     if args.explain:
-        for name in args.explain:
-            print(explain(net, vocab, normalize(name)))
-        return 0
+        explained = [explain(net, vocab, normalize(name)) for name in args.explain]
+        return print("\n".join(explained))
     known = read_known(args, metadata)
     if args.page:
-        title = os.path.basename(args.data or args.model)
-        return write_page(args.page, net, vocab, title, args.new and known)
+        title = os.path.basename(args.data or (NAMES if known else args.model))
+        temperature = 0.7 if metadata.get("truncate") else 1.0  # a short list teaches little
+        return write_page(args.page, net, vocab, title, args.new and known, temperature)
     return print_names(args, net, vocab, metadata, known)
 
 
@@ -360,21 +356,21 @@ def print_scores(args, net, vocab, metadata):
 
 
 def explain(net, vocab, name):
-    """A line for each character: the text so far, its chance, its share, the five likeliest."""
-    chances = [next_chances(net, vocab, name[:i]) for i in range(len(name) + 1)]
-    came = [each[char] for each, char in zip(chances, name + vocab.end)]
-    losses = [-math.log(max(chance, 1e-300)) for chance in came]
-    lines = [f"{name}: {sum(losses) / len(losses):.4f} nats per character"]
-
-    def shown(char):
-        return {vocab.end: "end", " ": "blank"}.get(char, char)
-
-    for i, (each, chance, loss) in enumerate(zip(chances, came, losses)):
-        likeliest = ", ".join(f"{shown(char)} {p:.0%}" for char, p in islice(each.items(), 5))
-        weakest = " <- weakest" if loss == max(losses) else ""
-        step = f"{name[:i]}[{shown((name + vocab.end)[i])}]"
-        numbers = f"{chance:6.1%}  {loss / sum(losses):4.0%} of the loss"
-        lines.append(f"{step:{len(name) + 6}} {numbers}  {likeliest}{weakest}")
+    """A line for each character: its chance after the text so far, and the five likeliest."""
+    vocab.encode(name)  # an unknown character is reported before anything is printed
+    if vocab.end in name:
+        raise ValueError(f"a name cannot hold {vocab.end!r}, which marks its end")
+    shown, rows = {vocab.end: "end", " ": "blank"}, []
+    for i, char in enumerate(name + vocab.end):
+        chances = next_chances(net, vocab, name[:i])
+        likeliest = ", ".join(f"{shown.get(c, c)} {p:.0%}" for c, p in islice(chances.items(), 5))
+        step, loss = f"{name[:i]}[{shown.get(char, char)}]", -math.log(max(chances[char], 1e-300))
+        rows.append((loss, f"{step:{len(name) + 6}} {chances[char]:6.1%}", likeliest))
+    total, worst = sum(loss for loss, *_ in rows), max(rows)[0]
+    lines = [f"{name}: {total / len(rows):.4f} nats per character"]
+    for loss, step, likeliest in rows:
+        weakest = " <- weakest" if loss == worst else ""
+        lines.append(f"{step}  {loss / total:4.0%} of the loss  {likeliest}{weakest}")
     return "\n".join(lines)
 
 
@@ -398,7 +394,7 @@ def page_layers(net):
     for layer in net:
         entry = {"class": type(layer).__name__, "n": getattr(layer, "n", None)}
         entry |= {"bias": None} | dict(layer.named_parameters())
-        if isinstance(layer, BatchNorm1d):
+        if isinstance(layer, layers.BatchNorm1d):
             scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
             entry |= {"weight": scale, "bias": layer.bias - layer.running_mean * scale}
             if stack[-1]["class"] == "Linear":
@@ -410,20 +406,22 @@ def page_layers(net):
     return [{k: packed(v) if torch.is_tensor(v) else v for k, v in e.items()} for e in stack]
 
 
-def write_page(path, net, vocab, title, names):
+def write_page(path, net, vocab, title, names, temperature=1.0):
     """Fill sampling.html with the network, and with the list where only new names are wanted."""
+    known = [layers.Embedding, layers.FlattenConsecutive, layers.Linear]
+    known += [layers.BatchNorm1d, layers.Tanh, layers.Dropout]
     stacked = type(net).forward is torch.nn.Sequential.forward
-    if not stacked or any(type(layer).__module__ != BatchNorm1d.__module__ for layer in net):
+    if not stacked or any(type(layer) not in known for layer in net):
         raise ValueError("--page knows only the layers of layers.py, and this network has others")
     with open(os.path.join(HERE, "sampling.html"), encoding="utf-8") as file:
-        before, after = file.read().split('id="network">null<')
+        page = file.read()
     network = {"config": net.config, "chars": list(vocab.chars), "mark": vocab.mark or -1}
-    network |= {"title": title, "layers": page_layers(net), "names": None}
+    network |= {"title": title, "temperature": temperature, "layers": page_layers(net)}
+    network["names"] = names and base64.b64encode(gzip.compress("\n".join(names).encode())).decode()
     if names:
         log(f"the page holds the list of {len(names):,} names: mind who may see it")
-        network["names"] = base64.b64encode(gzip.compress("\n".join(names).encode())).decode()
     filled = json.dumps(network).replace("<", "\\u003c")  # no text in it ends the script
-    model.atomic_write(path, f'{before}id="network">{filled}<{after}'.encode())
+    model.atomic_write(path, page.replace('id="network">null<', f'id="network">{filled}<').encode())
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def learning_rate(step, args):
 
 
 def train_step(net, rows, targets, lr, parameters, weight_decay=0.0, pretrained=()):
-    """One step of SGD -> the loss in nats per token. It is this, but usually faster:
+    """One step of SGD -> the loss in nats per token. Equivalent to this, but usually faster:
 
         loss = F.cross_entropy(net(contexts), targets)
         loss.backward()
@@ -140,7 +140,7 @@ def token_counts(tokens, vocab):
 
 def n_characters(tokens, vocab):
     """How many windows have a character or the end of a name as target: not a mark."""
-    return len(tokens) - (token_counts(tokens, vocab)[vocab.mark].item() if vocab.mark else 0)
+    return len(tokens) - ((tokens[:, -1] == vocab.mark).sum().item() if vocab.mark else 0)
 
 
 def evaluate(net, tokens, vocab, scales=(1.0,)):
@@ -179,7 +179,7 @@ def recompute_statistics(net, tokens, batches):
 
 
 def validate(average, train_windows, val_windows, vocab, state):
-    """Measure the averaged weights, and snapshot them when none were better."""
+    """Measure the averaged weights, and snapshot them when none was better."""
     recompute_statistics(average, train_windows, batches=1)
     loss, scale = calibrate(average, val_windows, vocab)
     if not math.isfinite(loss):
@@ -222,12 +222,13 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
         validate(average, train_windows, val_windows, vocab, state)
     for module in net.train().modules():
         module.track_running_stats = False  # only the average's are needed: validate() sets them
-    hidden = rank() > 0 or sys.stderr is None or None  # None: where stderr is no terminal
+    hidden = True if rank() or sys.stderr is None else None  # None: unless on a terminal
     bar = tqdm(total=steps, initial=state["step"], dynamic_ncols=True, disable=hidden)
     bar.bar_format = "{n_fmt}/{total_fmt} {remaining} {rate_fmt} {desc}"
     with bar, stop_signals() as signals:
         for step in range(state["step"], steps):
-            torch.manual_seed(~(args.seed * 10**9 + step))  # for dropout; resuming repeats it
+            # For dropout: another seed than that of minibatches(), and resuming repeats it.
+            torch.manual_seed(~(args.seed * 10**9 + step))
             rows, targets = next(batches)
             lr = learning_rate(step, args)
             loss = train_step(net, rows, targets, lr, parameters, weight_decay, pretrained)
@@ -253,7 +254,7 @@ def report(bar, state, average, vocab, args):
     """The last losses and a new name, behind the bar; where there is no bar, on a line."""
     best, (_, val) = state["best"], state["curves"]["val"][-1]
     names = sampling.generate(average, vocab, 1, temperature=usual(args), max_length=12)
-    message = f"val {val:.3f} (best {best['loss']:.3f} at {best['step']}) {''.join(names)}"
+    message = f"val {val:.3f} (best {best['loss']:.3f} at {best['step']:,}) {''.join(names)}"
     bar.set_description_str(message, refresh=False)
     if bar.disable:
         log(f"step {state['step']:,} of {args.steps:,}: {message}")
@@ -356,7 +357,7 @@ def check_processes(args, names):
     if any(there != here for there in everywhere):
         message = "the processes have different lists or flags: start all with the same"
     elif args.batch_size % world_size() or args.batch_size < 2 * world_size():
-        message = f"--batch-size {args.batch_size} is no multiple of {world_size()}, two for each"
+        message = f"--batch-size {args.batch_size} must be two or more for each of {world_size()}"
     if message:
         raise SystemExit(2) if rank() else ValueError(message)
 
@@ -458,8 +459,10 @@ def run(args, given):
         if shipped not in (None, own):
             raise ValueError("the shipped network has other layers: add --out FILE.pth")
     out, pretrained = os.path.realpath(args.out or sampling.MODEL), None
-    if not out.endswith(".pth") or not os.path.isdir(os.path.dirname(out)):
-        raise ValueError(f"--out {args.out} is no name like own.pth, in a folder that exists")
+    if not out.endswith(".pth"):
+        raise ValueError(f"--out {args.out} must end in .pth")
+    if not os.path.isdir(os.path.dirname(out)):
+        raise ValueError(f"--out {args.out}: there is no such folder, make it first")
     unfinished = f"{out}.unfinished"
     with process_group(args.device), nullcontext() if rank() else locked(f"{unfinished}.lock"):
         state = None
@@ -542,8 +545,10 @@ def train_list(args, state, pretrained, out, unfinished):
 
 def restore(state, own, net, average, unfinished):
     """Load the weights of a saved state. Raises ValueError when it belongs to another training."""
-    if own != {name: state[name] for name in own}:
-        raise ValueError(f"{unfinished} is of another list, or of other layers: give --data")
+    if own["names"] != state["names"]:
+        raise ValueError(f"{unfinished} is of another list than --data")
+    if own["layers"] != state["layers"]:
+        raise ValueError(f"{unfinished} has other layers than model.py: delete it and train anew")
     try:
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
@@ -566,7 +571,7 @@ def check_files(args, out, picture, unfinished):
     if os.path.realpath(args.data) == out or read & {picture, unfinished, f"{unfinished}.lock"}:
         raise ValueError(f"--out {args.out} would replace what is to be read: choose another")
     if any(os.path.lexists(path) and not os.path.isfile(path) for path in (out, picture)):
-        raise ValueError(f"{out} or {picture} is no file: choose another --out")
+        raise ValueError(f"--out {args.out}: it or {picture} is not a file, choose another")
     with suppress(FileNotFoundError), open(picture, "rb") as file:
         if SOFTWARE.encode() not in file.read(4096):
             raise ValueError(f"{picture} is not from train.py: choose another --out, or move it")
@@ -587,7 +592,7 @@ def new_network(args, vocab, tokens, pretrained):
         same = "".join(char for char, old in took.items() if char == old)
         other = "".join(f", {char} from {old}" for char, old in took.items() if char != old)
         log(f"from {args.init_from}: all levels, and the vectors of {same or 'none'}{other}")
-        log("if the two lists share names, the losses flatter")
+        log("if the two lists share names, the losses look better than they are")
         weights = [weight.detach().clone() for weight in net.parameters()]
     if args.device != "cpu":
         check_device(net, tokens[:1000], args.device)
@@ -651,6 +656,7 @@ def finish(args, net, state, vocab, parts, data, fitting, out, picture):
     words = ["--model", args.out] * bool(args.out) + ["--new"]
     words += ["--data", args.data] * (args.data != sampling.NAMES)
     words += ["--column", args.column] * bool(args.column)
+    words += ["--temperature", "0.7"] * (usual(args) < 1)
     print(sampling.command("sampling.py", *words), flush=True)  # before the state is removed
 
 

@@ -135,7 +135,7 @@ def test_flags(tiny):
         "--start abc --max-length 2": "--start or --min-length is longer than --max-length 2",
         "--score none.txt": "none.txt cannot be used",
         "--new": "was not trained on names.txt: add --data LIST",
-        "--model none.pth": "none.pth is no file",
+        "--model none.pth": "none.pth is not a file",
         f"--model {__file__}": "test_sampling.py is damaged, or was not written by train.py",
         "--temperature 0": "that is --top-k 1",
         "-n 0": "-n/--num-samples: '0' is not from 1",

@@ -293,7 +293,7 @@ def test_a_state_of_another_device_says_so_and_goes_on_with_device_cpu(interrupt
     assert resume(interrupted, "--device", "cpu").returncode == 0
 
 
-# What is no file
+# What is not a file
 
 
 def test_what_is_no_file_is_refused(own, refused):

@@ -143,7 +143,7 @@ TABLES += [json.dumps({"names": NAMES}), json.dumps([{"name": name} for name in 
 @pytest.mark.parametrize("text", TABLES)
 def test_a_table_is_refused_with_its_first_row_and_what_to_do(listed, no_list, text):
     lines = text.splitlines()
-    no_list(text, repr(lines[0][:60])[1:-1], "--column 1" if len(lines) > 1 else "one line")
+    no_list(text, repr(lines[0][:60])[1:-1], "(--column 0)" if len(lines) > 1 else "one line")
     if "\t" not in text:  # else it holds control characters
         assert listed(text, "0")[0] == list(dict.fromkeys(line.strip() for line in lines))
 
