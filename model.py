@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ CASE_MARK = "\x0e"  # before a letter: the other case of it; a control character
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Soft hyphen, zero-width space, byte order mark, bidi marks; not the joiners, which spell words.
 INVISIBLE = re.compile("[\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
-BINARY = {b"xl/": "an Excel workbook", b"word/": "a Word document", b"PK": "a zip file"}
+BINARY = {b"xl/": "an Excel workbook", b"word/": "a Word document", b"PK\x03\x04": "a zip file"}
 BINARY[b"\x1f\x8b"] = "a gzip file"
 NUMBERED = re.compile(r"\d+[\s.,:;)-]+\D|.*\D[\s,:;]+\d[\d.,]*%?$")
 MAX_CHARACTERS, MAX_LINE = 2**28, 2**15  # of a list, as a pipe might never end, and of a line
@@ -57,7 +58,7 @@ def read_lines(path):
     with named(path), open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
         head = file.peek()
         for mark, kind in BINARY.items():
-            if head[:2] in (b"PK", b"\x1f\x8b") and mark in head:
+            if head.startswith((b"PK\x03\x04", b"\x1f\x8b")) and mark in head:
                 raise ValueError(f"{path} is {kind}: save its names as text, one per line")
         utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text, total = io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig"), 0
@@ -74,16 +75,24 @@ def read_lines(path):
             text.detach()  # or it would close standard input
 
 
+def regular(rows, delimiter):
+    """How many of the rows have the commonest number of fields, of two or more."""
+    fields = Counter(len(next(csv.reader([row], delimiter=delimiter), [])) for row in rows)
+    return max((count for n, count in fields.items() if n > 1), default=0)
+
+
 def read_column(path, lines, column):
     """Yield the fields of a table's column: its number from 1, or its name in the first row."""
     head = list(islice(lines, 100))
-    rows = csv.reader(chain(head, lines), delimiter=max(",;\t", key="".join(head).count))
+    delimiter = max(",;\t", key=lambda each: regular(head, each))
+    # With their ends, which no name may hold, a quote that is never closed does not go unnoticed.
+    rows = csv.reader((f"{line}\n" for line in chain(head, lines)), delimiter=delimiter)
     try:
-        names = [] if column.isdecimal() else [name.strip() for name in next(rows, [])]
-        i, found = names.index(column) if names else int(column) - 1, False
+        names = [] if column.isdecimal() else [normalize(name) for name in next(rows, [])]
+        i, found = names.index(normalize(column)) if names else int(column) - 1, False
         for row in rows:
-            found |= i < len(row)
-            yield row[i] if i < len(row) else ""
+            found |= 0 <= i < len(row)
+            yield row[i] if 0 <= i < len(row) else ""
         if not found:
             raise ValueError
     except (csv.Error, ValueError) as error:
@@ -104,10 +113,7 @@ def is_json(text):
 def refuse_table(path, lines, rows):
     """Raise ValueError when a file's lines, of which `rows` are some, are no list of names."""
     first, numbered = rows[0], sum(NUMBERED.match(row) is not None for row in rows)
-    of_fields = 0  # how many rows have the same number of them
-    for delimiter in ",;\t":
-        fields = Counter(len(next(csv.reader([row], delimiter=delimiter))) for row in rows)
-        of_fields = max([of_fields] + [count for n, count in fields.items() if n > 1])
+    of_fields = max(regular(rows, delimiter) for delimiter in ",;\t")
     if len(rows) == 1 and max(numbered, of_fields):
         raise ValueError(f"one name per line: the file {path} has one line, {first[:60]!r}")
     if first[0] in "[{" and is_json("\n".join(lines)):
@@ -289,7 +295,9 @@ def atomic_write(path, data):
     partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.partial")
     with named(path):
         try:
-            with open(partial, "wb") as file:
+            with suppress(FileNotFoundError):
+                os.remove(partial)
+            with open(partial, "xb") as file:  # whatever stood there is not written through
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -309,12 +317,15 @@ def write_checkpoint(path, content):
 
 
 def tensors_in(content):
-    """All tensors of nested dicts and lists."""
-    if torch.is_tensor(content):
-        yield content
-    elif isinstance(content, (dict, list, tuple)):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from tensors_in(value)
+    """All tensors of nested dicts, lists and tuples, looking into each of these once."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop(0)
+        if torch.is_tensor(value):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def read_checkpoint(path, keys, advice):
@@ -364,13 +375,15 @@ def load(path):
     config, chars, layers, metadata, state = (checkpoint[key] for key in CHECKPOINT)
     try:
         vocab, shapes = Vocabulary([chars[1:]]), {size for t in state.values() for size in t.shape}
-        fits = {config["vocab_size"], config["n_embd"], config["n_hidden"]} <= shapes
-        fits &= len(chars) == config["vocab_size"]
-        fits &= (
-            config["block_size"] <= MAX_BLOCK_SIZE and max(shapes - {len(chars)}) <= 2 * MAX_SIZE
-        )
-        fits &= vocab.chars == chars and not CONTROL.search(chars[1:].replace(CASE_MARK, ""))
-        fits &= all(type(quantile) is float for quantile in metadata.get("quantiles", []))
+        fits = vocab.chars == chars and not CONTROL.search(chars[1:].replace(CASE_MARK, ""))
+        fits &= {config["vocab_size"], config["n_embd"], config["n_hidden"]} <= shapes
+        fits &= len(chars) == config["vocab_size"] and config["block_size"] <= MAX_BLOCK_SIZE
+        # No memory is taken for levels that the weights could not fill.
+        fits &= config["n_hidden"] ** 2 <= 16 * sum(t.numel() for t in state.values())
+        fits &= config["n_embd"] <= MAX_SIZE and all(t.isfinite().all() for t in state.values())
+        quantiles = metadata.get("quantiles", [0.0] * 101)
+        fits &= len(quantiles) == 101 and quantiles == sorted(map(float, quantiles))
+        fits &= all(map(math.isfinite, quantiles))
         net = WaveNet(**config) if fits else None
         same = net and layer_names(net) == layers
         if same:
@@ -393,8 +406,8 @@ def load_pretrained(net, vocab, pretrained, pretrained_vocab):
     """
     stoi = pretrained_vocab.stoi
     known = {i: stoi.get(c) or stoi.get(other_case(c)) for i, c in enumerate(vocab.chars)}
-    rows = [0] + [i for i, old in known.items() if old]  # 0: whatever character ends a name
-    old_rows = [known[i] or 0 for i in rows]
+    known = {i: old for i, old in known.items() if i and old}
+    rows, old_rows = [0, *known], [0, *known.values()]  # 0: whatever character ends a name
     for new, old in zip(net.parameters(), pretrained.parameters(), strict=True):
         if new is net[0].weight or new is net[-1].weight:
             new[rows] = old[old_rows]

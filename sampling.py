@@ -174,7 +174,9 @@ def parse(parser, argv):
     parser.error = lambda message: fail(f"{message}: see --help")
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # its values win over the defaults
-    return args, {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+    refuse_flags([name for name in given if given[name] == ""], ["start", "match"], "is empty")
+    return args, given
 
 
 def refuse_flags(given, allowed, why):
@@ -200,11 +202,11 @@ def run_cli(function):
         sys.stdout.flush()
         if status:
             sys.exit(status)
-    except (KeyboardInterrupt, BrokenPipeError) as error:  # the reader may have had enough
-        sys.stdout = open(os.devnull, "w")  # nothing more to flush at the end
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 141)
-    except OSError as error:
-        sys.stdout = open(os.devnull, "w")
+    except (KeyboardInterrupt, OSError) as error:
+        if sys.stdout is sys.__stdout__:  # not a notebook's; nothing more is flushed at the end
+            sys.stdout = open(os.devnull, "w")
+        if isinstance(error, (KeyboardInterrupt, BrokenPipeError)):  # the reader has had enough
+            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 141)
         fail(f"{error.filename or 'standard output'} cannot be used: {error.strerror or error}")
     except ValueError as error:
         fail(str(error))
@@ -270,6 +272,11 @@ def run(args, given):
         return print("\n".join(explained))
     known = read_known(args, metadata)
     if args.page:
+        path = os.path.realpath(args.page)
+        if path in map(os.path.realpath, (args.model, args.data or NAMES)):
+            raise ValueError(f"--page {args.page} would replace what is read: choose another name")
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise ValueError(f"--page {args.page} is not a file: choose another name")
         title = os.path.basename(args.data or (NAMES if known else args.model))
         temperature = 0.7 if metadata.get("truncate") else 1.0  # a short list teaches little
         return write_page(args.page, net, vocab, title, args.new and known, temperature)
@@ -290,6 +297,8 @@ def read_known(args, metadata):
         return names
     if args.data is None and args.new:
         raise ValueError(f"{args.model} was not trained on names.txt: add --data LIST, its list")
+    if args.data:
+        log(f"{args.data} is not the list that {args.model} was trained on")
     return names if args.new else None
 
 
@@ -309,7 +318,7 @@ def print_names(args, net, vocab, metadata, known):
 
     def sample(size):
         names = generate(net, vocab, size, start, args.temperature, args.top_k, args.max_length)
-        if not names and size == batch and args.max_length == MAX_LENGTH:
+        if not names and args.max_length == MAX_LENGTH and (size == batch or args.top_k == 1):
             raise ValueError(f"{args.model}: none of {size:,} names ended within {MAX_LENGTH:,}")
         return names
 
@@ -331,6 +340,8 @@ def print_names(args, net, vocab, metadata, known):
     for name in names:
         print(name)
         found, repeated = found + 1, repeated + (name in in_list)
+    if args.best and found < n:
+        log(f"only {found:,} of {n:,} different names found")
     if repeated:
         log(f"{repeated:,} of {found:,} are in {args.data or 'names.txt'}: --new leaves them out")
     return int(found < n)
@@ -343,7 +354,7 @@ def print_scores(args, net, vocab, metadata):
         losses = score(net, vocab, [normalize(line) for line in part])
         for loss, line in zip(losses, part):
             worse = max(0, 100 - bisect.bisect_left(quantiles, loss)) if quantiles else "-"
-            row = f"{loss:.4f}\t{worse}\t{line}" if line.strip() else ""
+            row = f"{loss:.4f}\t{worse}\t{line}" if normalize(line) else ""
             unknown += loss == math.inf
             if not args.best:
                 print(row)
@@ -358,8 +369,8 @@ def print_scores(args, net, vocab, metadata):
 def explain(net, vocab, name):
     """A line for each character: its chance after the text so far, and the five likeliest."""
     vocab.encode(name)  # an unknown character is reported before anything is printed
-    if vocab.end in name:
-        raise ValueError(f"a name cannot hold {vocab.end!r}, which marks its end")
+    if not 0 < len(name) <= MAX_LENGTH or vocab.end in name:
+        raise ValueError(f"{name[:60]!r} is not a name that this network can make")
     shown, rows = {vocab.end: "end", " ": "blank"}, []
     for i, char in enumerate(name + vocab.end):
         chances = next_chances(net, vocab, name[:i])

@@ -287,6 +287,7 @@ def plot(path, title, state, loss, steps):
     axes.plot(*zip(*curves["val"]), label="validation, averaged weights")
     axes.plot(state["best"]["step"], loss, "ko", label=f"kept: {loss:.3f}")
     axes.axvline(steps // 2, color="grey", linewidth=0.8, linestyle=":", label="learning rate / 10")
+    title = title.replace("$", r"\$")  # not the beginning of mathematics
     axes.set(xlabel="step", ylabel="loss (nats per character)", title=title)
     shown = sorted(loss for curve in curves.values() for _, loss in curve)
     axes.set_ylim(shown[0] - 0.05, shown[int(0.95 * len(shown))] + 0.1)  # not the steep beginning
@@ -440,9 +441,9 @@ def locked(path):
     try:
         yield
     finally:
-        lock.release()
         with suppress(OSError):
             os.remove(path)
+        lock.release()
 
 
 def main(argv=None):
@@ -552,13 +553,16 @@ def restore(state, own, net, average, unfinished):
     try:
         net.load_state_dict(state["state_dict"])
         average.load_state_dict(state["average"])
-        best, curves = state["best"], state["curves"]["train"] + state["curves"]["val"]
-        known = best.get("state_dict", [])
-        shapes = [weight.shape for weight in net.parameters()]
-        fits = [weight.shape for weight in state["pretrained"]] in ([], shapes)
-        fits &= len(known) in (0, len(net.state_dict())) and math.isfinite(state["loss_sum"])
-        fits &= all(len(point) == 2 for point in curves) and best["loss"] > 0
-        fits &= 0 <= state["step"] <= state["args"]["steps"] and state["averaged"] >= 0
+        step, best, args = state["step"], state["best"], state["args"]
+        known = {name: t.shape for name, t in best.get("state_dict", {}).items()}
+        fits = known in ({}, {name: t.shape for name, t in average.state_dict().items()})
+        fits &= type(best["step"]) is int if known else step < args["steps"]
+        shapes = [(weight.shape, weight.dtype) for weight in net.parameters()]
+        fits &= [(weight.shape, weight.dtype) for weight in state["pretrained"]] in ([], shapes)
+        curves = state["curves"]["train"] + state["curves"]["val"]
+        fits &= all(len(point) == 2 for point in curves) and math.isfinite(state["loss_sum"])
+        fits &= type(step) is type(state["averaged"]) is int and 0 <= step <= args["steps"]
+        fits &= best["loss"] > 0 and state["averaged"] >= 0
     except Exception:  # whatever is missing there, or of another type
         fits = False
     if not fits:
