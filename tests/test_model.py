@@ -211,3 +211,10 @@ def test_the_readmes_examples_run(monkeypatch):
     for block in blocks:
         process = forked(lambda argv: exec(argv[0], {}), block)
         assert (process.returncode, process.stderr) == (0, ""), block
+
+
+def test_a_full_stop_that_was_a_letter_does_not_become_the_end():
+    old_vocab, vocab = Vocabulary(["st. ab"]), Vocabulary(["ab"])
+    old, net = WaveNet(len(old_vocab), 4, 3, 5), WaveNet(len(vocab), 4, 3, 5)
+    assert "." not in model.load_pretrained(net, vocab, old, old_vocab)
+    assert torch.equal(net[0].weight[0], old[0].weight[0])

@@ -805,3 +805,16 @@ def test_other_flags_and_other_layers_are_refused(tmp_path, refused, capsys):
     assert page.stat().st_size < 800_000 and capsys.readouterr().err == ""
     sampling.main(["--page", str(page), "--new"])
     assert "29,693 names" in capsys.readouterr().err
+
+
+def test_letters_whose_case_leads_one_way_are_themselves(visit, tmp_path):
+    """A mark before a dotless i or a final sigma is nothing, as in model.py."""
+    names = ["Ilıca", "ılgaz", "Σοφός", "σας"]
+    vocab = model.Vocabulary(names)
+    write_page(wavenet(vocab.chars, end=1.0), vocab.chars, path := tmp_path / "page.html")
+    page = visit(path)
+    for char in "ıςσiI":
+        known = page.evaluate(
+            "c => { try { wavenet.logits(c); return true; } catch { return false; } }", char
+        )
+        assert known == (char in vocab.tokens_of), char

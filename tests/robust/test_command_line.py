@@ -1,5 +1,6 @@
 """Both commands as shells, pipes, terminals and other programs call them."""
 
+import io
 import ntpath
 import os
 import shlex
@@ -205,3 +206,30 @@ def test_the_shipped_picture_bears_the_mark_by_which_it_may_be_replaced():
 
 def test_nothing_of_this_machine_is_in_the_shipped_network():
     assert str(ROOT).encode() not in (ROOT / "model_state.pth").read_bytes()
+
+
+@pytest.mark.parametrize("flag", ["--out", "--data", "--init-from", "--column"])
+def test_an_empty_value_is_refused(folder, refused, flag):
+    """As from --out "$UNSET", which must not replace the shipped network."""
+    shipped = (ROOT / "model_state.pth").read_bytes()
+    refused(train.main, [flag, "", "--steps", 3], flag, "empty")
+    assert (ROOT / "model_state.pth").read_bytes() == shipped
+
+
+def test_a_page_replaces_nothing_that_it_reads(trained, tmp_path, refused):
+    own, page = tmp_path / "own.pth", tmp_path / "page.html"
+    own.write_bytes((trained / "own.pth").read_bytes())
+    refused(sampling.main, ["--model", own, "--page", own], "own.pth")
+    os.mkfifo(page)
+    refused(sampling.main, ["--model", own, "--page", page], "page.html")
+    assert own.read_bytes() == (trained / "own.pth").read_bytes() and page.is_fifo()
+
+
+def test_a_notebook_keeps_its_output(monkeypatch, capsys):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit):
+        sampling.main(["--new", "--data", "none.txt"])
+    assert sys.stdout is stream
+    sampling.main(["-n", "2"])
+    assert len(stream.getvalue().split()) == 2

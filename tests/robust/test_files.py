@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import sampling
 import train
-from model import CHECKPOINT, load, read_checkpoint, write_checkpoint
+from model import CHECKPOINT, atomic_write, load, read_checkpoint, write_checkpoint
 
 pytest_plugins = "folders"
 
@@ -312,3 +312,28 @@ def test_a_network_that_may_not_be_read_is_said(own):
             os.setuid(65534)
 
     assert "own.pth" in last_line(forked(sampling.main, "--model", "own.pth", before=before))
+
+
+def test_lists_within_lists_do_not_hang_the_loader(own):
+    content = torch.load(own, weights_only=True)
+    for _ in range(60):
+        content["metadata"]["x"] = [content["metadata"].get("x")] * 2
+    torch.save(content, own)
+    load(own)
+
+
+@pytest.mark.parametrize("quantiles", [{0.5: 1}, {1.0, 2.0}, [1.0, 2.0, 3.0], [float("nan")] * 101])
+def test_forged_quantiles_are_refused(own, quantiles):
+    content = torch.load(own, weights_only=True)
+    content["metadata"]["quantiles"] = quantiles
+    torch.save(content, own)
+    with pytest.raises(ValueError, match="own.pth holds something else"):
+        load(own)
+
+
+def test_a_planted_link_is_not_written_through(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / ".file.partial").symlink_to("victim")
+    atomic_write(tmp_path / "file", b"new")
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()

@@ -154,7 +154,9 @@ def test_a_finetuning_keeps_the_first_network_where_no_step_is_better(folder, tr
     for new, first in list(zip(net.parameters(), old.parameters()))[:-2]:  # those are calibrated
         assert torch.equal(new, first)
     refused(train.main, [*args, "--n-hidden", 9], "--n-hidden")
-    refused(train.main, [*command(folder)[:4], "--init-from", folder / "none"], "none is not a file")
+    refused(
+        train.main, [*command(folder)[:4], "--init-from", folder / "none"], "none is not a file"
+    )
 
 
 # What --resume takes

@@ -129,6 +129,20 @@ def test_a_column_that_is_not_there_is_said(no_list):
     no_list('anna,"' + "b" * 140_000, column="1")
 
 
+def test_the_delimiter_is_the_one_that_the_rows_share(listed):
+    text = "Name;Place\nAnna;Paris, Texas, USA\nBob;Rome\n"
+    assert listed(text, "Name")[0] == ["Anna", "Bob"]
+    assert listed(text, "2")[0] == ["Place", "Paris, Texas, USA", "Rome"]
+
+
+def test_a_quote_that_is_never_closed_swallows_no_rows_unnoticed(no_list):
+    no_list('name,sex\n"Anna,F\nBob,M\n', "control characters", column="1")
+
+
+def test_a_name_may_begin_like_an_archive(listed):
+    assert listed("PKal\nkal\n")[0] == ["PKal", "kal"]
+
+
 def rows(pattern):
     return "".join(pattern.format(i=i, name=name) for i, name in enumerate(NAMES))
 
