@@ -21,7 +21,7 @@ import train  # noqa: E402
 from model import Vocabulary, WaveNet, contexts_and_targets, load, read_names, windows  # noqa: E402
 from sampling import BATCH, generate  # noqa: E402
 
-ROUNDS = 7
+ROUNDS = 5
 
 
 class PlainNet:
@@ -167,7 +167,7 @@ def worker(steps=50):
             print(time.perf_counter() - start)
 
 
-def two_processes(rounds=5):
+def two_processes(rounds=3):
     """How many times as fast two processes of one thread are as one."""
     ratios = []
     for _ in range(rounds):
