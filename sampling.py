@@ -142,6 +142,11 @@ def next_chances(net, vocab, text=""):
     return dict(sorted(chances.items(), key=lambda item: -item[1]))
 
 
+def usual_temperature(truncate):
+    """0.7 where contexts were truncated, as a short list teaches too little for 1."""
+    return 0.7 if truncate else 1.0
+
+
 # What both command lines share
 
 
@@ -169,9 +174,15 @@ def bounded(kind, low, high):
     return number
 
 
+def new_parser(description):
+    wide = partial(argparse.HelpFormatter, max_help_position=26, width=100)
+    parser = argparse.ArgumentParser(description=description, formatter_class=wide)
+    parser.error = lambda message: fail(f"{message}: see --help")
+    return parser
+
+
 def parse(parser, argv):
     """(all flags, {name: value} of those that were given)."""
-    parser.error = lambda message: fail(f"{message}: see --help")
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # its values win over the defaults
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
@@ -222,8 +233,7 @@ MODES = {"score": ["best", "num_samples"], "explain": [], "page": ["new", "data"
 
 
 def build_parser():
-    wide = partial(argparse.HelpFormatter, max_help_position=26, width=100)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide)
+    parser = new_parser(__doc__)
     count, length = bounded(int, 1, 10**9), bounded(int, 1, MAX_LENGTH)
     seed, threads = bounded(int, 0, 2**32 - 1), bounded(int, 1, 1024)
     add = parser.add_argument_group("which names").add_argument
@@ -278,7 +288,7 @@ def run(args, given):
         if os.path.lexists(path) and not os.path.isfile(path):
             raise ValueError(f"--page {args.page} is not a file: choose another name")
         title = os.path.basename(args.data or (NAMES if known else args.model))
-        temperature = 0.7 if metadata.get("truncate") else 1.0  # a short list teaches little
+        temperature = usual_temperature(metadata.get("truncate"))
         return write_page(args.page, net, vocab, title, args.new and known, temperature)
     return print_names(args, net, vocab, metadata, known)
 

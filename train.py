@@ -1,6 +1,5 @@
 """Train the network on a list of names and write model_state.pth."""
 
-import argparse
 import copy
 import io
 import math
@@ -22,7 +21,7 @@ import layers
 import model
 import sampling
 from model import Vocabulary, WaveNet, contexts_and_targets, windows
-from sampling import bounded, refuse_flags, token_losses
+from sampling import bounded, refuse_flags, token_losses, usual_temperature
 
 EVAL_WINDOWS = 25_000, 430_000  # at most, of a split: at each validation, and at the end
 SCALES = [percent / 100 for percent in range(30, 136, 5)]  # of the logits, for calibrate()
@@ -253,16 +252,13 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
 def report(bar, state, average, vocab, args):
     """The last losses and a new name, behind the bar; where there is no bar, on a line."""
     best, (_, val) = state["best"], state["curves"]["val"][-1]
-    names = sampling.generate(average, vocab, 1, temperature=usual(args), max_length=12)
+    names = sampling.generate(
+        average, vocab, 1, temperature=usual_temperature(args.truncate), max_length=12
+    )
     message = f"val {val:.3f} (best {best['loss']:.3f} at {best['step']:,}) {''.join(names)}"
     bar.set_description_str(message, refresh=False)
     if bar.disable:
         log(f"step {state['step']:,} of {args.steps:,}: {message}")
-
-
-def usual(args):
-    """The temperature for names to show: a short list teaches too little for temperature 1."""
-    return 0.7 if args.truncate else 1.0
 
 
 @torch.no_grad()
@@ -378,8 +374,7 @@ def devices():
 
 
 def build_parser():
-    wide = partial(argparse.HelpFormatter, max_help_position=26, width=100)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide)
+    parser = sampling.new_parser(__doc__)
     n, size, share = bounded(int, 1, 10**12), bounded(int, 1, model.MAX_SIZE), bounded(float, 0, 1)
     batch_size, dropout = bounded(int, 2, 10**6), bounded(float, 0, 0.99)
     positive, seed = bounded(float, 1e-6, 1e6), bounded(int, 0, 2**32 - 1)
@@ -655,12 +650,14 @@ def finish(args, net, state, vocab, parts, data, fitting, out, picture):
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats per character")
     print(f"kept: averaged weights of step {state['best']['step']:,}, logits scaled by {scale:.2f}")
-    print("\n".join(sampling.generate(net, vocab, 10, temperature=usual(args))))
+    print(
+        "\n".join(sampling.generate(net, vocab, 10, temperature=usual_temperature(args.truncate)))
+    )
     print(f"written: {out} and {picture}\nnext:")
     words = ["--model", args.out] * bool(args.out) + ["--new"]
     words += ["--data", args.data] * (args.data != sampling.NAMES)
     words += ["--column", args.column] * bool(args.column)
-    words += ["--temperature", "0.7"] * (usual(args) < 1)
+    words += ["--temperature", "0.7"] * (usual_temperature(args.truncate) < 1)
     print(sampling.command("sampling.py", *words), flush=True)  # before the state is removed
 
 
