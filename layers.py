@@ -39,24 +39,30 @@ class Embedding(nn.Module):
 
 
 class FlattenConsecutive(nn.Module):
-    """Join n neighbours, as WaveNet does, arXiv:1609.03499: (B, T, C) -> (B, T/n, C*n).
+    """Join n neighbours, as WaveNet does, arXiv:1609.03499: (B, T, C) -> (B, T/n, n*C), and to
+    (B, n*C) when T is n. Raises ValueError when T is not a multiple of n.
 
-    When T/n is 1 it is (B, C*n). Raises ValueError when T is not a multiple of n.
+    With `children` (n*R,), of rows (M, C) -> (R, n*C): row r joins those children[n*r : n*r + n].
     """
 
     def __init__(self, n):
         super().__init__()
         self.n = n
 
-    def forward(self, x):
+    def forward(self, x, children=None):
+        save_for_backward(self, x.shape, children)
+        if children is not None:
+            return x.index_select(0, children).view(-1, self.n * x.shape[1])
         B, T, C = x.shape
         if T == 0 or T % self.n:
             raise ValueError(f"{T} positions cannot be joined in groups of {self.n}")
-        save_for_backward(self, B, T, C)
-        return x.reshape(B, C * T) if T == self.n else x.reshape(B, T // self.n, C * self.n)
+        return x.reshape(B, T * C) if T == self.n else x.reshape(B, T // self.n, self.n * C)
 
-    def backward(self, grad_out):  # the same numbers in another shape
-        return grad_out.view(self.saved)
+    def backward(self, grad_out):  # the same numbers in another shape, and where they came from
+        shape, children = self.saved
+        if children is None:
+            return grad_out.view(shape)
+        return index_select_backward(grad_out.view(-1, shape[1]), children, shape[0])
 
 
 class Linear(nn.Module):
@@ -85,18 +91,16 @@ class Linear(nn.Module):
 
 
 class BatchNorm1d(nn.Module):
-    """Each channel to mean 0 and variance 1, scaled and shifted; arXiv:1502.03167.
+    """Each channel to mean 0 and variance 1, scaled and shifted: (B, ..., C) -> the same shape;
+    arXiv:1502.03167. Running statistics move by `momentum` (None: to the mean of all batches).
 
-    (B, C) or (B, T, C), channels last, shape kept. Running statistics move by `momentum` (None:
-    they are the mean over all batches), unless track_running_stats is False. `weights` (B,) are the
-    shares of n rows that each row stands for: equal ones need to be computed only once.
-    Raises ValueError for other shapes, and in training for n < 2.
+    Of (B, C), `weights` (B,) are the shares of n rows that each row stands for, so that equal ones
+    are computed once. Raises ValueError for another C, and in training for n < 2.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1):
         super().__init__()
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
-        self.track_running_stats = True
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -104,42 +108,39 @@ class BatchNorm1d(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x, weights=None, n=None):
-        if x.dim() == 3 and weights is None:
-            return self.forward(x.flatten(0, 1)).view(x.shape)
-        if x.dim() != 2 or x.shape[1] != self.num_features:
+        if x.shape[-1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got {tuple(x.shape)}")
         if not self.training:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             return torch.addcmul(self.bias - self.running_mean * scale, x, scale)
+        rows = x.reshape(-1, self.num_features)
         if weights is None:
-            n, weights = len(x), x.new_full((len(x),), 1 / len(x))
+            n, weights = len(rows), x.new_full((len(rows),), 1 / len(rows))
         if n < 2:
             raise ValueError("one value per channel has no variance: train on at least two")
-        mean = weights @ x
-        centred = x - mean
+        mean = weights @ rows
+        centred = rows - mean
         var = weights @ centred.square()
         rstd = (var + self.eps).rsqrt()
         x_hat = centred * rstd
         save_for_backward(self, x_hat, rstd, weights)
-        if self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-            m = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.detach(), m)
-            # The biased variance normalises; the unbiased one estimates that of unseen data.
-            self.running_var.lerp_(var.detach() * (n / (n - 1)), m)
-        return torch.addcmul(self.bias, x_hat, self.weight)
+        self.num_batches_tracked.add_(1)
+        m = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.detach(), m)
+        # The biased variance normalises; the unbiased one estimates that of unseen data.
+        self.running_var.lerp_(var.detach() * (n / (n - 1)), m)
+        return torch.addcmul(self.bias, x_hat, self.weight).view(x.shape)
 
     def backward(self, grad_out):
-        if grad_out.dim() == 3:
-            return self.backward(grad_out.flatten(0, 1)).view(grad_out.shape)
         # x[r] moves y[r] directly, and every y through mean and var, in which row r has weight
         # w[r]: dL/dx[r] = weight * rstd * (g[r] - w[r] * (sum g + x_hat[r] * sum(g * x_hat))).
         # Where no row stands for others w[r] is 1/n, and this is the formula of the paper.
         x_hat, rstd, weights = self.saved
-        self.bias.grad, self.weight.grad = grad_out.sum(0), (grad_out * x_hat).sum(0)
+        rows = grad_out.reshape(x_hat.shape)
+        self.bias.grad, self.weight.grad = rows.sum(0), (rows * x_hat).sum(0)
         through_all = torch.addcmul(self.bias.grad, x_hat, self.weight.grad)
-        direct = torch.addcmul(grad_out, through_all, weights.unsqueeze(1), value=-1)
-        return direct * (self.weight * rstd)
+        direct = torch.addcmul(rows, through_all, weights.unsqueeze(1), value=-1)
+        return (direct * (self.weight * rstd)).view(grad_out.shape)
 
 
 class Tanh(nn.Module):
@@ -201,10 +202,9 @@ def has_fast_way(net):
 
 
 class Level(NamedTuple):
-    """The R distinct pairs of a level: pair r joins the rows children[2r : 2r + 2] of n_below."""
+    """The R distinct pairs of a level: pair r joins the rows children[2r : 2r + 2] below."""
 
     children: torch.Tensor  # (2R,) int64
-    n_below: int
     weights: torch.Tensor  # (R,): the share of the level's n pairs that each stands for
     n: int
 
@@ -220,21 +220,20 @@ def distinct_rows(net, contexts):
     """
     if not has_fast_way(net):
         return list(contexts)
-    K, B, _ = contexts.shape
+    K = len(contexts)
     minibatch = torch.arange(K, device=contexts.device).view(K, 1, 1)
-    row_ids, levels, below = contexts, [], [len(net[0].weight)] * K
+    row_ids, levels, m = contexts, [], len(net[0].weight)  # row_ids are below m
     while row_ids.shape[2] > 1:
         # (minibatch, left, right) as one number in base m, so that unique() sorts by minibatch.
-        m, n = max(below), B * row_ids.shape[2] // 2
         pairs = (minibatch * m + row_ids[..., 0::2]) * m + row_ids[..., 1::2]
+        n = pairs[0].numel()
         pairs, row_ids, counts = torch.unique(pairs, return_inverse=True, return_counts=True)
         sizes = torch.bincount(pairs // m**2, minlength=K)
         row_ids = row_ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)  # from 0 in each minibatch
-        sizes = sizes.tolist()
-        children = torch.stack((pairs // m % m, pairs % m), 1).split(sizes)
-        weights = (counts / n).split(sizes)
-        levels.append([Level(c.view(-1), b, w, n) for c, b, w in zip(children, below, weights)])
-        below = sizes
+        children, sizes = torch.stack((pairs // m % m, pairs % m), 1), sizes.tolist()
+        parts = zip(children.split(sizes), (counts / n).split(sizes))
+        levels.append([Level(rows.flatten(), weights, n) for rows, weights in parts])
+        m = max(sizes)
     return list(zip(zip(*levels), row_ids.squeeze(2)))
 
 
@@ -243,12 +242,13 @@ def forward(net, rows):
     if torch.is_tensor(rows):
         return net(rows)
     levels, row_ids = rows
-    x, coming = torch.arange(levels[0].n_below, device=row_ids.device), iter(levels)
+    x, coming = torch.arange(len(net[0].weight), device=row_ids.device), iter(levels)
     for layer in net:
         if isinstance(layer, FlattenConsecutive):
             level = next(coming)
-            x = x.index_select(0, level.children).view(len(level.weights), 2, -1)
-        x = layer(x, level.weights, level.n) if isinstance(layer, BatchNorm1d) else layer(x)
+            x = layer(x, level.children)
+        else:
+            x = layer(x, level.weights, level.n) if isinstance(layer, BatchNorm1d) else layer(x)
     return x.index_select(0, row_ids)
 
 
@@ -258,10 +258,6 @@ def backward(net, rows, logits, grad_out):
         net.zero_grad()
         return logits.backward(grad_out)
     levels, row_ids = rows
-    coming = reversed(levels)
     grad_out = index_select_backward(grad_out, row_ids, len(levels[-1].weights))
     for layer in reversed(net):
         grad_out = layer.backward(grad_out)
-        if isinstance(layer, FlattenConsecutive):
-            level = next(coming)
-            grad_out = index_select_backward(grad_out.flatten(0, 1), level.children, level.n_below)

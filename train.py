@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from argparse import ArgumentTypeError
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import islice
@@ -26,6 +27,7 @@ from sampling import bounded, refuse_flags, token_losses, usual_temperature
 EVAL_WINDOWS = 25_000, 430_000  # at most, of a split: at each validation, and at the end
 SCALES = [percent / 100 for percent in range(30, 136, 5)]  # of the logits, for calibrate()
 SOFTWARE = "train.py, names character by character"  # by which our own pictures are known
+STOP_SIGNALS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 cross_entropy = layers.CrossEntropyLoss()
 
 
@@ -70,16 +72,15 @@ def minibatches(net, tokens, start, args):
     """Yield the minibatch of each step from `start` on: (rows, targets (B,)), drawn at random."""
     # A hundred small ones are drawn at once: the calls take about as long as those for one.
     chunk = max(1, min(100, 2**22 // (args.batch_size * args.block_size)))
+    share = slice(rank(), None, world_size())  # each process takes its own windows
     for first in range(start - start % chunk, args.steps, chunk):
         # It depends on the step and --seed alone, so that a resumed training draws the same.
         generator = torch.Generator().manual_seed(args.seed * 10**9 + first)
         drawn = torch.randint(len(tokens), (chunk, args.batch_size), generator=generator)
         contexts, targets = contexts_and_targets(tokens[drawn])
-        contexts = truncate(contexts, args.truncate, generator).to(args.device)
-        share = slice(rank(), None, world_size())  # each process takes its own windows
-        rows = layers.distinct_rows(net, contexts[:, share])
-        targets = targets[:, share].to(args.device)
-        yield from islice(zip(rows, targets), max(0, start - first), None)
+        contexts = truncate(contexts, args.truncate, generator)[:, share].to(args.device)
+        rows = layers.distinct_rows(net, contexts)
+        yield from islice(zip(rows, targets[:, share].to(args.device)), max(0, start - first), None)
 
 
 # One step
@@ -168,7 +169,7 @@ def recompute_statistics(net, tokens, batches):
     for module in net.modules():
         if hasattr(module, "running_mean"):
             module.train().num_batches_tracked.zero_()
-            module.track_running_stats, module.momentum = True, None  # the mean of all batches
+            module.momentum = None  # the mean of all batches
     batch_size = min(8192, max(2048, len(tokens) // 4))
     for _ in range(batches):
         drawn = torch.randint(len(tokens), (1, batch_size), generator=generator)
@@ -180,13 +181,13 @@ def recompute_statistics(net, tokens, batches):
 def validate(average, train_windows, val_windows, vocab, state):
     """Measure the averaged weights, and snapshot them when none was better."""
     recompute_statistics(average, train_windows, batches=1)
-    loss, scale = calibrate(average, val_windows, vocab)
+    loss, _ = calibrate(average, val_windows, vocab)
     if not math.isfinite(loss):
         raise ValueError(f"the validation loss is {loss} at step {state['step']:,}: lower --lr")
     state["curves"]["val"].append((state["step"], loss))
     if loss < state["best"]["loss"]:
         weights = copy.deepcopy(average.state_dict())
-        state["best"] = dict(step=state["step"], loss=loss, scale=scale, state_dict=weights)
+        state["best"] = dict(step=state["step"], loss=loss, state_dict=weights)
 
 
 # The training
@@ -210,7 +211,7 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
     save_state(state) is called every args.checkpoint_every steps, at the end, and when stopped; to
     go on from there gives the same bits on a CPU. Raises ValueError when a loss is not finite.
     """
-    parameters, steps = list(net.parameters()), args.steps
+    parameters, steps = list(net.train().parameters()), args.steps
     pretrained = [weight.to(args.device) for weight in state["pretrained"]]
     batches = minibatches(net, train_windows, state["step"], args)
     weight_decay = 60 / max(12_000, steps)
@@ -219,12 +220,10 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
     per_character = len(train_windows) / n_characters(train_windows, vocab)
     if pretrained and not state["step"] and not rank():  # what it starts from may remain the best
         validate(average, train_windows, val_windows, vocab, state)
-    for module in net.train().modules():
-        module.track_running_stats = False  # only the average's are needed: validate() sets them
     hidden = True if rank() or sys.stderr is None else None  # None: unless on a terminal
     bar = tqdm(total=steps, initial=state["step"], dynamic_ncols=True, disable=hidden)
     bar.bar_format = "{n_fmt}/{total_fmt} {remaining} {rate_fmt} {desc}"
-    with bar, stop_signals() as signals:
+    with bar, stop_signals() as received:
         for step in range(state["step"], steps):
             # For dropout: another seed than that of minibatches(), and resuming repeats it.
             torch.manual_seed(~(args.seed * 10**9 + step))
@@ -233,7 +232,7 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
             loss = train_step(net, rows, targets, lr, parameters, weight_decay, pretrained)
             state["step"] = step + 1
             record_loss(state, loss * per_character, max(1, steps // 200))
-            last, stop = step == steps - 1, agreed(signals, args.device)
+            last, stop = step == steps - 1, agreed(received, args.device)
             eval_due = last or (step + 1) % eval_every == 0
             if step % 10 == 9 or eval_due:  # not at each step: neighbours are nearly the same
                 update_average(average, net, state["averaged"])
@@ -246,15 +245,14 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
                 save_state(state)
             if stop:
                 break
-    return agreed(signals, args.device)
+    return agreed(received, args.device)
 
 
 def report(bar, state, average, vocab, args):
     """The last losses and a new name, behind the bar; where there is no bar, on a line."""
     best, (_, val) = state["best"], state["curves"]["val"][-1]
-    names = sampling.generate(
-        average, vocab, 1, temperature=usual_temperature(args.truncate), max_length=12
-    )
+    temperature = usual_temperature(args.truncate)
+    names = sampling.generate(average, vocab, 1, temperature=temperature, max_length=12)
     message = f"val {val:.3f} (best {best['loss']:.3f} at {best['step']:,}) {''.join(names)}"
     bar.set_description_str(message, refresh=False)
     if bar.disable:
@@ -332,26 +330,26 @@ def average_gradients(parameters):
     """The mean over all processes, by one sum of one flat buffer, as DistributedDataParallel."""
     flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
     distributed.all_reduce(flat)
-    flat /= world_size()
-    for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
+    means = (flat / world_size()).split([parameter.numel() for parameter in parameters])
+    for parameter, mean in zip(parameters, means):
         parameter.grad.copy_(mean.view_as(parameter))
 
 
-def agreed(signals, device):
+def agreed(received, device):
     """The signal that has reached any of the processes, or 0."""
-    if world_size() == 1:
-        return signals[0] if signals else 0
-    signum = torch.tensor(max(signals, default=0), device=device)
-    distributed.all_reduce(signum, distributed.ReduceOp.MAX)
-    return signum.item()
+    signum = max((signum for _, signum in received), default=0)
+    if world_size() > 1:
+        signum = torch.tensor(signum, device=device)
+        distributed.all_reduce(signum, distributed.ReduceOp.MAX)
+    return int(signum)
 
 
-def check_processes(args, names):
+def check_processes(args, sha256):
     """Raise ValueError, in process 0, when the processes cannot train together."""
-    here, everywhere = (names, [getattr(args, name) for name in RUN_ARGS]), [None] * world_size()
+    here, everywhere = [sha256, *(getattr(args, each) for each in RUN_ARGS)], [None] * world_size()
     distributed.all_gather_object(everywhere, here)
     message = None
-    if any(there != here for there in everywhere):
+    if everywhere != [here] * world_size():
         message = "the processes have different lists or flags: start all with the same"
     elif args.batch_size % world_size() or args.batch_size < 2 * world_size():
         message = f"--batch-size {args.batch_size} must be two or more for each of {world_size()}"
@@ -369,8 +367,12 @@ WITHOUT_OUT = "resume seed threads device checkpoint_every".split()
 STATE = "step averaged loss_sum best curves pretrained state_dict average layers names args".split()
 
 
-def devices():
-    return ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+def device(name):
+    """An argparse type: a device of this machine."""
+    here = ["cpu"] + [each for each in ("cuda", "mps") if getattr(torch, each).is_available()]
+    if name not in here:
+        raise ArgumentTypeError(f"{name!r} is not on this machine: --device {' or '.join(here)}")
+    return name
 
 
 def build_parser():
@@ -378,6 +380,7 @@ def build_parser():
     n, size, share = bounded(int, 1, 10**12), bounded(int, 1, model.MAX_SIZE), bounded(float, 0, 1)
     batch_size, dropout = bounded(int, 2, 10**6), bounded(float, 0, 0.99)
     positive, seed = bounded(float, 1e-6, 1e6), bounded(int, 0, 2**32 - 1)
+    threads, blocks = bounded(int, 1, 1024), [2**i for i in range(1, 11)]
     add = parser.add_argument_group("files").add_argument
     add("--data", metavar="LIST", help="a text file, one name per line (names.txt)")
     add("--column", metavar="C", help="of a table: the number or the heading of its column")
@@ -392,11 +395,9 @@ def build_parser():
     add("--lr", type=positive, metavar="X", default=0.1, help="learning rate at first (0.1)")
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows per step (96)")
     add("--seed", type=seed, metavar="N", default=1, help="another seed, another network (1)")
-    threads = bounded(int, 1, 1024)
     add("--threads", type=threads, metavar="N", default=1, help="processor cores to use (1)")
-    add("--device", default="cpu", choices=devices(), help="where to train (cpu)")
+    add("--device", type=device, metavar="D", default="cpu", help="cpu, cuda or mps (cpu)")
     add = parser.add_argument_group("network").add_argument
-    blocks = [2**i for i in range(1, 11)]
     add("--block-size", type=int, choices=blocks, metavar="N", default=16, help="2 ... 1024 (16)")
     add("--n-embd", type=size, metavar="N", default=24, help="size of a character's vector (24)")
     add("--n-hidden", type=size, metavar="N", default=280, help="channels of each level (280)")
@@ -405,40 +406,36 @@ def build_parser():
 
 @contextmanager
 def stop_signals():
-    """Inside, signals to stop are put into the list; one that comes a second later ends at once."""
-    received, first = [], []
+    """Inside, a signal to stop is put into the list; one a second after the first ends at once."""
+    received = []  # of (time, signal)
 
     def handler(signum, frame):
-        received.append(signum)
-        first.append(time.monotonic())
-        if first[-1] - first[0] > 1:
+        received.append((time.monotonic(), signum))
+        if received[-1][0] - received[0][0] > 1:  # a terminal that is closed sends two
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
 
-    stops = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
-    ours = [stop for stop in stops if signal.getsignal(stop) != signal.SIG_IGN]  # as in a script
-    before = {stop: signal.signal(stop, handler) for stop in ours}
+    ours = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, handler) for signum in ours}
     try:
         yield received
     finally:
-        for stop, old in before.items():
-            signal.signal(stop, old)
+        for signum, old in before.items():
+            signal.signal(signum, old)
 
 
 @contextmanager
 def locked(path):
     """Nobody else is inside for the same path."""
     try:
-        with model.named(path):
-            lock = FileLock(path).acquire(timeout=0).lock
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    os.remove(path)
     except Timeout:
         raise ValueError(f"another training holds {path}: choose another --out") from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.remove(path)
-        lock.release()
 
 
 def main(argv=None):
@@ -454,14 +451,11 @@ def run(args, given):
             shipped = model.read_checkpoint(sampling.MODEL, model.CHECKPOINT, "")["layers"]
         if shipped not in (None, own):
             raise ValueError("the shipped network has other layers: add --out FILE.pth")
-    out, pretrained = os.path.realpath(args.out or sampling.MODEL), None
-    if not out.endswith(".pth"):
-        raise ValueError(f"--out {args.out} must end in .pth")
-    if not os.path.isdir(os.path.dirname(out)):
-        raise ValueError(f"--out {args.out}: there is no such folder, make it first")
+    out, pretrained, state = os.path.realpath(args.out or sampling.MODEL), None, None
+    if not (out.endswith(".pth") and os.path.isdir(os.path.dirname(out))):
+        raise ValueError(f"--out {args.out} must be a file .pth in a folder that is there")
     unfinished = f"{out}.unfinished"
     with process_group(args.device), nullcontext() if rank() else locked(f"{unfinished}.lock"):
-        state = None
         if args.resume:
             refuse_flags(given, WITH_RESUME, "cannot go with --resume, which knows its flags")
             state = model.read_checkpoint(unfinished, STATE, "there is nothing to resume")
@@ -480,17 +474,13 @@ def run(args, given):
 
 
 def resumed(given, saved):
-    """The flags of a saved training, checked as on a command line, and those given now."""
-    if not isinstance(saved, dict) or any(type(saved.get(name)) is str for name in RUN_ARGS):
+    """The flags of a saved training, those given now over them, checked as on a command line."""
+    if not isinstance(saved, dict):
         raise ValueError("the unfinished training holds something else: delete it")
-    device = given.get("device") or saved.get("device")
-    if device not in devices():
-        raise ValueError(f"it was trained on {device!r}, which is not here: add --device cpu")
-    kept = {name: saved.get(name) for name in [*RUN_ARGS, "data", "column", "checkpoint_every"]}
-    flags = [f"--{name.replace('_', '-')}={kept[name]}" for name in kept if kept[name] is not None]
-    args, _ = sampling.parse(build_parser(), flags)
-    vars(args).update(given, device=device)
-    return args
+    names = [*RUN_ARGS, "data", "column", "device", "checkpoint_every"]
+    flags = {name: saved.get(name) for name in names} | given | {"resume": None}
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if v is not None]
+    return sampling.parse(build_parser(), words)[0]
 
 
 def train_list(args, state, pretrained, out, unfinished):
@@ -500,21 +490,21 @@ def train_list(args, state, pretrained, out, unfinished):
     picture, new = f"{out.removesuffix('.pth')}.png", not state
     check_files(args, out, picture, unfinished)
     names = model.read_names(args.data, args.column, log)
-    vocab, sha256 = Vocabulary(names), model.sha256(names)
-    parts = split(names)
+    vocab, parts, sha256 = Vocabulary(names), split(names), model.sha256(names)
     data = {part: windows(some, vocab, args.block_size) for part, some in parts.items()}
     hparams = default_hparams(len(data["train"]))
     chosen = {name: hparams[name] for name in hparams if getattr(args, name) is None}
     vars(args).update(chosen)
     if world_size() > 1:
         check_processes(args, sha256)
-    net, given_weights = new_network(args, vocab, data["train"], pretrained)
+    net, weights = new_network(args, vocab, data["train"], pretrained)
     average, own = copy.deepcopy(net), {"layers": model.layer_names(net), "names": sha256}
     if new:
-        state = dict(step=0, averaged=0, loss_sum=0.0, best={"loss": math.inf})
-        state |= {"curves": {"train": [], "val": []}, "pretrained": given_weights}
+        best = dict(step=0, loss=math.inf, state_dict=copy.deepcopy(average.state_dict()))
+        state = dict(step=0, averaged=0, loss_sum=0.0, best=best, pretrained=weights)
+        state["curves"] = {"train": [], "val": []}
     else:
-        restore(state, own, net, average, unfinished)
+        restore(state, own, net, average, args, unfinished)
     describe(len(names), vocab, data, net, chosen)
     # Not copies but the weights themselves: whenever the state is saved they are those of its step.
     state |= own | {"state_dict": dict(net.state_dict()), "average": dict(average.state_dict())}
@@ -539,25 +529,22 @@ def train_list(args, state, pretrained, out, unfinished):
         raise
 
 
-def restore(state, own, net, average, unfinished):
+def restore(state, own, net, average, args, unfinished):
     """Load the weights of a saved state. Raises ValueError when it belongs to another training."""
     if own["names"] != state["names"]:
         raise ValueError(f"{unfinished} is of another list than --data")
     if own["layers"] != state["layers"]:
         raise ValueError(f"{unfinished} has other layers than model.py: delete it and train anew")
     try:
+        best, curves = state["best"], state["curves"]
+        for weights in best["state_dict"], state["average"]:
+            average.load_state_dict(weights)
         net.load_state_dict(state["state_dict"])
-        average.load_state_dict(state["average"])
-        step, best, args = state["step"], state["best"], state["args"]
-        known = {name: t.shape for name, t in best.get("state_dict", {}).items()}
-        fits = known in ({}, {name: t.shape for name, t in average.state_dict().items()})
-        fits &= type(best["step"]) is int if known else step < args["steps"]
-        shapes = [(weight.shape, weight.dtype) for weight in net.parameters()]
-        fits &= [(weight.shape, weight.dtype) for weight in state["pretrained"]] in ([], shapes)
-        curves = state["curves"]["train"] + state["curves"]["val"]
-        fits &= all(len(point) == 2 for point in curves) and math.isfinite(state["loss_sum"])
-        fits &= type(step) is type(state["averaged"]) is int and 0 <= step <= args["steps"]
-        fits &= best["loss"] > 0 and state["averaged"] >= 0
+        shapes = [weight.shape for weight in net.parameters()]
+        fits = [weight.shape for weight in state["pretrained"]] in ([], shapes)
+        fits &= 0 <= best["step"] <= state["step"] <= args.steps and state["averaged"] >= 0
+        fits &= best["loss"] > 0 and math.isfinite(state["loss_sum"])
+        fits &= all(len(point) == 2 for point in curves["train"] + curves["val"])
     except Exception:  # whatever is missing there, or of another type
         fits = False
     if not fits:
@@ -621,9 +608,9 @@ def finish(args, net, state, vocab, parts, data, fitting, out, picture):
     """Write the best network and its picture, and print the losses and a few names."""
     net, scale = finalize(net.config, state["best"], *fitting, vocab)
     losses = {part: evaluate(net, t[: EVAL_WINDOWS[1]], vocab)[0] for part, t in data.items()}
-    counts = token_counts(data["train"], vocab).double()
-    entropy = -counts @ (counts / counts.sum()).clamp(min=1e-30).log()
-    unigram = entropy.item() / n_characters(data["train"], vocab)
+    counts = token_counts(data["train"], vocab)
+    entropy = torch.special.entr(counts / len(data["train"])).sum().item()
+    unigram = entropy * len(data["train"]) / n_characters(data["train"], vocab)
     if not losses["train"] < unigram:
         what = f"has a loss of {losses['train']:.3f}, counting characters {unigram:.3f}"
         raise ValueError(f"the network learned nothing, it {what}: lower --lr, or more --steps")
@@ -650,14 +637,13 @@ def finish(args, net, state, vocab, parts, data, fitting, out, picture):
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats per character")
     print(f"kept: averaged weights of step {state['best']['step']:,}, logits scaled by {scale:.2f}")
-    print(
-        "\n".join(sampling.generate(net, vocab, 10, temperature=usual_temperature(args.truncate)))
-    )
+    temperature = usual_temperature(args.truncate)
+    print("\n".join(sampling.generate(net, vocab, 10, temperature=temperature)))
     print(f"written: {out} and {picture}\nnext:")
     words = ["--model", args.out] * bool(args.out) + ["--new"]
     words += ["--data", args.data] * (args.data != sampling.NAMES)
     words += ["--column", args.column] * bool(args.column)
-    words += ["--temperature", "0.7"] * (usual_temperature(args.truncate) < 1)
+    words += ["--temperature", str(temperature)] * (temperature < 1)
     print(sampling.command("sampling.py", *words), flush=True)  # before the state is removed
 
 
