@@ -13,6 +13,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain, islice
 
 import torch
@@ -27,8 +28,8 @@ CASE_MARK = "\x0e"  # before a letter: the other case of it; a control character
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Soft hyphen, zero-width space, byte order mark, bidi marks; not the joiners, which spell words.
 INVISIBLE = re.compile("[\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
-BINARY = {b"xl/": "an Excel workbook", b"word/": "a Word document", b"PK\x03\x04": "a zip file"}
-BINARY[b"\x1f\x8b"] = "a gzip file"
+ARCHIVES = {b"PK\3\4.*xl/": "an Excel workbook", b"PK\3\4.*word/": "a Word document"}
+ARCHIVES |= {b"PK\3\4": "a zip file", b"\x1f\x8b": "a gzip file"}  # how the files begin
 NUMBERED = re.compile(r"\d+[\s.,:;)-]+\D|.*\D[\s,:;]+\d[\d.,]*%?$")
 MAX_CHARACTERS, MAX_LINE = 2**28, 2**15  # of a list, as a pipe might never end, and of a line
 MAX_SIZE, MAX_BLOCK_SIZE = 4096, 1024  # of a network
@@ -56,12 +57,12 @@ def read_lines(path):
     Raises OSError when it cannot be read, and ValueError when it is no text.
     """
     with named(path), open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-        head = file.peek()
-        for mark, kind in BINARY.items():
-            if head.startswith((b"PK\x03\x04", b"\x1f\x8b")) and mark in head:
+        head, total = file.peek(), 0
+        for pattern, kind in ARCHIVES.items():
+            if re.match(pattern, head, re.DOTALL):
                 raise ValueError(f"{path} is {kind}: save its names as text, one per line")
         utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text, total = io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig"), 0
+        text = io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig")
         try:
             while line := text.readline(MAX_LINE + 1):
                 total += len(line)
@@ -75,57 +76,49 @@ def read_lines(path):
             text.detach()  # or it would close standard input
 
 
-def regular(rows, delimiter):
+def fields_shared(rows, delimiter):
     """How many of the rows have the commonest number of fields, of two or more."""
-    fields = Counter(len(next(csv.reader([row], delimiter=delimiter), [])) for row in rows)
-    return max((count for n, count in fields.items() if n > 1), default=0)
+    widths = Counter(len(next(csv.reader([row], delimiter=delimiter), [])) for row in rows)
+    return max((count for width, count in widths.items() if width > 1), default=0)
 
 
 def read_column(path, lines, column):
     """Yield the fields of a table's column: its number from 1, or its name in the first row."""
-    head = list(islice(lines, 100))
-    delimiter = max(",;\t", key=lambda each: regular(head, each))
+    head, widest = list(islice(lines, 100)), 0
+    delimiter = max(",;\t", key=partial(fields_shared, head))
     # With their ends, which no name may hold, a quote that is never closed does not go unnoticed.
     rows = csv.reader((f"{line}\n" for line in chain(head, lines)), delimiter=delimiter)
     try:
-        names = [] if column.isdecimal() else [normalize(name) for name in next(rows, [])]
-        i, found = names.index(normalize(column)) if names else int(column) - 1, False
+        names = [] if column.isdecimal() else list(map(normalize, next(rows, [])))
+        i = names.index(normalize(column)) if names else int(column) - 1
         for row in rows:
-            found |= 0 <= i < len(row)
-            yield row[i] if 0 <= i < len(row) else ""
-        if not found:
-            raise ValueError
+            widest = max(widest, len(row))
+            yield row[i] if i < len(row) else ""
+        if not 0 <= i < widest:
+            raise ValueError("too few fields")
     except (csv.Error, ValueError) as error:
-        what = (
-            f"row {rows.line_num}, {error}" if isinstance(error, csv.Error) else "its first row is"
-        )
-        raise ValueError(f"{path} has no column {column!r}: {what} {head[:1]}") from None
-
-
-def is_json(text):
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        what = f"{path} has no column {column!r}, {error}: its first row is {head[:1]}"
+        raise ValueError(what) from None
 
 
 def refuse_table(path, lines, rows):
     """Raise ValueError when a file's lines, of which `rows` are some, are no list of names."""
-    first, numbered = rows[0], sum(NUMBERED.match(row) is not None for row in rows)
-    of_fields = max(regular(rows, delimiter) for delimiter in ",;\t")
-    if len(rows) == 1 and max(numbered, of_fields):
+    first, what = rows[0], None
+    shared = max(fields_shared(rows, delimiter) for delimiter in ",;\t")
+    numbered = sum(NUMBERED.match(row) is not None for row in rows)
+    if len(rows) == 1 and max(numbered, shared):
         raise ValueError(f"one name per line: the file {path} has one line, {first[:60]!r}")
-    if first[0] in "[{" and is_json("\n".join(lines)):
-        what = "is JSON: save its names as text, one per line"
-    elif of_fields >= 0.9 * len(rows):
+    if shared >= 0.9 * len(rows):
         what = "looks like a table: take one column (--column 1, or --column HEADING)"
     elif numbered >= 0.9 * len(rows):
         what = "is numbered: take the numbers out"
-    else:
-        return
-    keep = "or keep the lines as they are (--column 0)"
-    raise ValueError(f"{path}, whose first row is {first[:60]!r}, {what}, {keep}")
+    if first[0] in "[{":
+        with suppress(ValueError, RecursionError):
+            json.loads("\n".join(lines))
+            what = "is JSON: save its names as text, one per line"
+    if what:
+        keep = "or keep the lines as they are (--column 0)"
+        raise ValueError(f"{path}, whose first row is {first[:60]!r}, {what}, {keep}")
 
 
 def read_names(path, column=None, log=lambda message: None):
@@ -316,18 +309,6 @@ def write_checkpoint(path, content):
     atomic_write(path, buffer.getvalue())
 
 
-def tensors_in(content):
-    """All tensors of nested dicts, lists and tuples, looking into each of these once."""
-    waiting, seen = [content], set()
-    while waiting:
-        value = waiting.pop(0)
-        if torch.is_tensor(value):
-            yield value
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
-
-
 def read_checkpoint(path, keys, advice):
     """The dict with these keys that write_checkpoint() wrote. Runs no code from the file.
 
@@ -343,10 +324,7 @@ def read_checkpoint(path, keys, advice):
             entries = archive.infolist()
             plain = all(entry.external_attr == entry.compress_type == 0 for entry in entries)
             if plain and sum(entry.file_size for entry in entries) <= size:
-                found = archive.testzip() or torch.load(path, "cpu", weights_only=True)
-        tensors = list(tensors_in(found))
-        if all(t.is_contiguous() for t in tensors) and sum(t.nbytes for t in tensors) <= size:
-            content = found
+                content = archive.testzip() or torch.load(path, "cpu", weights_only=True)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
     if content.keys() != set(keys):
@@ -373,23 +351,23 @@ def load(path):
     advice = "train a network with train.py first"
     checkpoint = read_checkpoint(path, CHECKPOINT, advice)
     config, chars, layers, metadata, state = (checkpoint[key] for key in CHECKPOINT)
-    try:
-        vocab, shapes = Vocabulary([chars[1:]]), {size for t in state.values() for size in t.shape}
+    net = None
+    with suppress(Exception):  # missing keys, other types, shapes that do not fit
+        vocab, weights = Vocabulary([chars[1:]]), list(state.values())
         fits = vocab.chars == chars and not CONTROL.search(chars[1:].replace(CASE_MARK, ""))
-        fits &= {config["vocab_size"], config["n_embd"], config["n_hidden"]} <= shapes
         fits &= len(chars) == config["vocab_size"] and config["block_size"] <= MAX_BLOCK_SIZE
-        # No memory is taken for levels that the weights could not fill.
-        fits &= config["n_hidden"] ** 2 <= 16 * sum(t.numel() for t in state.values())
-        fits &= config["n_embd"] <= MAX_SIZE and all(t.isfinite().all() for t in state.values())
+        # No memory is taken for what the weights could not fill.
+        fits &= all(w.is_contiguous() and bool(w.isfinite().all()) for w in weights)
+        sizes = {config[name] for name in ("vocab_size", "n_embd", "n_hidden")}
+        fits &= sizes <= {size for w in weights for size in w.shape}
+        fits &= config["n_hidden"] ** 2 <= 16 * sum(w.numel() for w in weights)
         quantiles = metadata.get("quantiles", [0.0] * 101)
         fits &= len(quantiles) == 101 and quantiles == sorted(map(float, quantiles))
         fits &= all(map(math.isfinite, quantiles))
-        net = WaveNet(**config) if fits else None
-        same = net and layer_names(net) == layers
-        if same:
-            net.load_state_dict(state)
-    except Exception:  # missing keys, other types, shapes that do not fit
-        net = None
+        built = WaveNet(**config) if fits else None
+        if same := layer_names(built) == layers:
+            built.load_state_dict(state)
+        net = built
     if not net:
         raise ValueError(f"{path} holds something else: {advice}")
     if not same:

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import re
-import shlex
-import subprocess
 import sys
 import time
 import warnings
@@ -152,15 +150,9 @@ def usual_temperature(truncate):
 
 def log(message):
     """One line on stderr, what is not printable escaped, whether anybody listens or not."""
-    shown = (char if char.isprintable() else repr(char)[1:-1] for char in message)
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
     with suppress(OSError):
-        print("".join(shown), file=sys.stderr or open(os.devnull, "w"), flush=True)
-
-
-def fail(message):
-    """End the command: one line on stderr, exit status 2."""
-    log(f"{os.path.basename(sys.argv[0])}: error: {message}")
-    sys.exit(2)
+        print(shown, file=sys.stderr or open(os.devnull, "w"), flush=True)
 
 
 def bounded(kind, low, high):
@@ -174,11 +166,9 @@ def bounded(kind, low, high):
     return number
 
 
-def new_parser(description):
-    wide = partial(argparse.HelpFormatter, max_help_position=26, width=100)
-    parser = argparse.ArgumentParser(description=description, formatter_class=wide)
-    parser.error = lambda message: fail(f"{message}: see --help")
-    return parser
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}: see --help")
 
 
 def parse(parser, argv):
@@ -196,11 +186,6 @@ def refuse_flags(given, allowed, why):
             raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
-def command(*words):
-    """What to type for `python WORDS ...`."""
-    return f"python {subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)}"
-
-
 def run_cli(function):
     """Exit with the status of function(); what a user can mend is one line on stderr, status 2."""
     warnings.simplefilter("ignore")  # from libraries: users could do nothing about them
@@ -208,23 +193,26 @@ def run_cli(function):
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         encoding = None if sys.stdout.isatty() else "utf-8"
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+    message = None
     try:
         status = function()
         sys.stdout.flush()
-        if status:
-            sys.exit(status)
     except (KeyboardInterrupt, OSError) as error:
         if sys.stdout is sys.__stdout__:  # not a notebook's; nothing more is flushed at the end
             sys.stdout = open(os.devnull, "w")
-        if isinstance(error, (KeyboardInterrupt, BrokenPipeError)):  # the reader has had enough
-            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 141)
-        fail(f"{error.filename or 'standard output'} cannot be used: {error.strerror or error}")
-    except ValueError as error:
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:
+        status = {KeyboardInterrupt: 130, BrokenPipeError: 141}.get(type(error))
+        if not status:  # else the reader has had enough
+            what = error.filename or "standard output"
+            message = f"{what} cannot be used: {error.strerror or error}"
+    except (ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        fail("there is not enough memory: close other programs, or choose smaller sizes")
+        memory = "there is not enough memory: close other programs, or choose smaller sizes"
+        message = str(error) if isinstance(error, ValueError) else memory
+    if message:
+        log(f"{os.path.basename(sys.argv[0])}: error: {message}")
+    if message or status:
+        sys.exit(2 if message else status)
 
 
 # The command line of this one
@@ -233,7 +221,7 @@ MODES = {"score": ["best", "num_samples"], "explain": [], "page": ["new", "data"
 
 
 def build_parser():
-    parser = new_parser(__doc__)
+    parser = Parser(description=__doc__)
     count, length = bounded(int, 1, 10**9), bounded(int, 1, MAX_LENGTH)
     seed, threads = bounded(int, 0, 2**32 - 1), bounded(int, 1, 1024)
     add = parser.add_argument_group("which names").add_argument

@@ -5,7 +5,9 @@ import io
 import math
 import os
 import random
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from argparse import ArgumentTypeError
@@ -376,7 +378,7 @@ def device(name):
 
 
 def build_parser():
-    parser = sampling.new_parser(__doc__)
+    parser = sampling.Parser(description=__doc__)
     n, size, share = bounded(int, 1, 10**12), bounded(int, 1, model.MAX_SIZE), bounded(float, 0, 1)
     batch_size, dropout = bounded(int, 2, 10**6), bounded(float, 0, 0.99)
     positive, seed = bounded(float, 1e-6, 1e6), bounded(int, 0, 2**32 - 1)
@@ -442,6 +444,11 @@ def main(argv=None):
     sampling.run_cli(lambda: run(*sampling.parse(build_parser(), argv)))
 
 
+def command(*words):
+    """What to type for `python WORDS ...`."""
+    return f"python {subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)}"
+
+
 def run(args, given):
     """Start a training or go on with one, the only one that writes to its files -> exit status."""
     if args.out is None:
@@ -469,7 +476,7 @@ def run(args, given):
         signum = train_list(args, state, pretrained, out, unfinished)
         if signum:
             words = ["train.py", "--resume"] + (["--out", args.out] if args.out else [])
-            log(f"stopped; to go on: {sampling.command(*words)}")
+            log(f"stopped; to go on: {command(*words)}")
     return signum and 128 + signum
 
 
@@ -585,11 +592,12 @@ def new_network(args, vocab, tokens, pretrained):
     return net.to(args.device), weights
 
 
+@torch.no_grad()
 def check_device(net, tokens, device):
-    """Raise ValueError where a device finds other distinct rows than the CPU: mps is young."""
-    contexts = (contexts_and_targets(tokens.to(place))[0] for place in ("cpu", device))
-    rows = [model.tensors_in(layers.distinct_rows(net, each[None])) for each in contexts]
-    if not all(torch.equal(here, there.cpu()) for here, there in zip(*rows)):
+    """Raise ValueError where distinct rows on a device give other logits than a CPU: mps is new."""
+    contexts, there = contexts_and_targets(tokens)[0], copy.deepcopy(net).to(device).eval()
+    found = layers.forward(there, layers.distinct_rows(there, contexts[None].to(device))[0])
+    if not torch.allclose(found.cpu(), copy.deepcopy(net).eval()(contexts), atol=1e-3):
         raise ValueError(f"--device {device} computes wrongly here: leave it out")
 
 
@@ -644,7 +652,7 @@ def finish(args, net, state, vocab, parts, data, fitting, out, picture):
     words += ["--data", args.data] * (args.data != sampling.NAMES)
     words += ["--column", args.column] * bool(args.column)
     words += ["--temperature", str(temperature)] * (temperature < 1)
-    print(sampling.command("sampling.py", *words), flush=True)  # before the state is removed
+    print(command("sampling.py", *words), flush=True)  # before the state is removed
 
 
 if __name__ == "__main__":

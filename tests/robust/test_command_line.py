@@ -126,8 +126,8 @@ def test_windows_with_another_current_drive(monkeypatch):
         ntpath.relpath("C:\\project", "D:\\")
     for name in "train.py", "sampling.py", "model.py":
         assert "relpath" not in (ROOT / name).read_text()
-    monkeypatch.setattr(sampling.os, "name", "nt")
-    typed = sampling.command("train.py", "--resume", "--out", "my own.pth")
+    monkeypatch.setattr(train.os, "name", "nt")
+    typed = train.command("train.py", "--resume", "--out", "my own.pth")
     assert typed == 'python train.py --resume --out "my own.pth"'
 
 

@@ -166,7 +166,7 @@ def test_what_is_larger_in_memory_than_in_the_file_is_refused(own):
     refuses(own)
     for tensor in torch.zeros(1).expand(10**9), torch.zeros(1).expand(2, 1, 3), torch.ones(9)[::2]:
         write_checkpoint(own, changed(content, "state_dict", {"0.weight": tensor}))
-        refuses(own)
+        refuses(own, "holds something else")
 
 
 def test_sizes_that_are_only_claimed_are_refused(own):
