@@ -279,6 +279,14 @@ def layer_names(net):
     return [type(module).__name__ for module in net.modules()][1:]
 
 
+def check_output(path, read):
+    """Raise ValueError when what is to be written is no file, or is among the paths to be read."""
+    if os.path.realpath(path) in map(os.path.realpath, filter(None, read)):
+        raise ValueError(f"{path} is to be read: write to another file")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a file: write to another one")
+
+
 def atomic_write(path, data):
     """Write bytes so that a crash leaves either the old file or the whole new one.
 

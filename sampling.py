@@ -270,11 +270,7 @@ def run(args, given):
         return print("\n".join(explained))
     known = read_known(args, metadata)
     if args.page:
-        path = os.path.realpath(args.page)
-        if path in map(os.path.realpath, (args.model, args.data or NAMES)):
-            raise ValueError(f"--page {args.page} would replace what is read: choose another name")
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise ValueError(f"--page {args.page} is not a file: choose another name")
+        model.check_output(args.page, [args.model, args.data or NAMES])
         title = os.path.basename(args.data or (NAMES if known else args.model))
         temperature = usual_temperature(metadata.get("truncate"))
         return write_page(args.page, net, vocab, title, args.new and known, temperature)

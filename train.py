@@ -180,14 +180,14 @@ def recompute_statistics(net, tokens, batches):
     net.eval()
 
 
-def validate(average, train_windows, val_windows, vocab, state):
-    """Measure the averaged weights, and snapshot them when none was better."""
+def validate(average, train_windows, val_windows, vocab, state, keep=True):
+    """Measure the averaged weights, and snapshot them to keep when none was better."""
     recompute_statistics(average, train_windows, batches=1)
     loss, _ = calibrate(average, val_windows, vocab)
     if not math.isfinite(loss):
         raise ValueError(f"the validation loss is {loss} at step {state['step']:,}: lower --lr")
     state["curves"]["val"].append((state["step"], loss))
-    if loss < state["best"]["loss"]:
+    if keep and loss < state["best"]["loss"]:
         weights = copy.deepcopy(average.state_dict())
         state["best"] = dict(step=state["step"], loss=loss, state_dict=weights)
 
@@ -209,7 +209,8 @@ def record_loss(state, loss, per_point):
 def train(net, average, vocab, train_windows, val_windows, args, state, save_state):
     """SGD from state["step"] to args.steps -> the signal that stopped it earlier, or 0.
 
-    state["best"] becomes the averaged weights of least validation loss, state["curves"] the losses.
+    state["best"] becomes the averaged weights of least validation loss, of the second half of the
+    steps or of those that it starts from; state["curves"] the losses.
     save_state(state) is called every args.checkpoint_every steps, at the end, and when stopped; to
     go on from there gives the same bits on a CPU. Raises ValueError when a loss is not finite.
     """
@@ -240,7 +241,9 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
                 update_average(average, net, state["averaged"])
                 state["averaged"] += 1
             if eval_due and not rank():
-                validate(average, train_windows, val_windows, vocab, state)
+                # In the first half a small validation split would choose far too early a step.
+                keep = step >= steps // 2
+                validate(average, train_windows, val_windows, vocab, state, keep)
                 report(bar, state, average, vocab, args)
             bar.update()
             if (last or stop or (step + 1) % args.checkpoint_every == 0) and not rank():
@@ -252,10 +255,10 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
 
 def report(bar, state, average, vocab, args):
     """The last losses and a new name, behind the bar; where there is no bar, on a line."""
-    best, (_, val) = state["best"], state["curves"]["val"][-1]
-    temperature = usual_temperature(args.truncate)
+    curve, temperature = state["curves"]["val"], usual_temperature(args.truncate)
+    best, at = min((loss, step) for step, loss in curve)
     names = sampling.generate(average, vocab, 1, temperature=temperature, max_length=12)
-    message = f"val {val:.3f} (best {best['loss']:.3f} at {best['step']:,}) {''.join(names)}"
+    message = f"val {curve[-1][1]:.3f} (best {best:.3f} at {at:,}) {''.join(names)}"
     bar.set_description_str(message, refresh=False)
     if bar.disable:
         log(f"step {state['step']:,} of {args.steps:,}: {message}")
@@ -560,11 +563,9 @@ def restore(state, own, net, average, args, unfinished):
 
 def check_files(args, out, picture, unfinished):
     """Raise ValueError when what would be written is to be read, or is not ours to replace."""
-    read = {os.path.realpath(path) for path in (args.data, args.init_from) if path}
-    if os.path.realpath(args.data) == out or read & {picture, unfinished, f"{unfinished}.lock"}:
-        raise ValueError(f"--out {args.out} would replace what is to be read: choose another")
-    if any(os.path.lexists(path) and not os.path.isfile(path) for path in (out, picture)):
-        raise ValueError(f"--out {args.out}: it or {picture} is not a file, choose another")
+    model.check_output(out, [args.data])  # it may start from itself
+    for path in picture, unfinished, f"{unfinished}.lock":
+        model.check_output(path, [args.data, args.init_from])
     with suppress(FileNotFoundError), open(picture, "rb") as file:
         if SOFTWARE.encode() not in file.read(4096):
             raise ValueError(f"{picture} is not from train.py: choose another --out, or move it")

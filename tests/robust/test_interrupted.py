@@ -345,5 +345,5 @@ def test_out_is_no_file_that_is_read_and_no_device(folder, trained, refused):
         refused(train.main, command(folder, "--out", folder / out), str(folder))
     refused(train.main, ["--data", folder / "list.pth", "--out", folder / "list.pth"], "list.pth")
     first = ["--init-from", folder / "first.png", "--out", folder / "first.pth"]
-    refused(train.main, ["--data", folder / "names.txt", *first], "--out")
+    refused(train.main, ["--data", folder / "names.txt", *first], "first.png is to be read")
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
