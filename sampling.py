@@ -166,6 +166,35 @@ def bounded(kind, low, high):
     return number
 
 
+def run_cli(function):
+    """Exit with the status of function(); what a user can mend is one line on stderr, status 2."""
+    warnings.simplefilter("ignore")  # from libraries: users could do nothing about them
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed before the start
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        encoding = None if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+    try:
+        status, message = function(), None
+        sys.stdout.flush()
+    except (KeyboardInterrupt, OSError) as error:
+        if sys.stdout is sys.__stdout__:  # not a notebook's; nothing more is flushed at the end
+            sys.stdout = open(os.devnull, "w")
+        status = {KeyboardInterrupt: 130, BrokenPipeError: 141}.get(type(error), 2)
+        message = f"{error.filename or 'standard output'} cannot be used: {error.strerror or error}"
+    except (ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        memory = "there is not enough memory: close other programs, or choose smaller sizes"
+        status, message = 2, error if isinstance(error, ValueError) else memory
+    if status == 2:
+        log(f"{os.path.basename(sys.argv[0])}: error: {message}")
+    if status:
+        sys.exit(status)
+
+
+# Flags that were given, and those that they exclude
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message}: see --help")
@@ -184,35 +213,6 @@ def refuse_flags(given, allowed, why):
     for name in given:
         if name not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} {why}")
-
-
-def run_cli(function):
-    """Exit with the status of function(); what a user can mend is one line on stderr, status 2."""
-    warnings.simplefilter("ignore")  # from libraries: users could do nothing about them
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed before the start
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-        encoding = None if sys.stdout.isatty() else "utf-8"
-        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
-    message = None
-    try:
-        status = function()
-        sys.stdout.flush()
-    except (KeyboardInterrupt, OSError) as error:
-        if sys.stdout is sys.__stdout__:  # not a notebook's; nothing more is flushed at the end
-            sys.stdout = open(os.devnull, "w")
-        status = {KeyboardInterrupt: 130, BrokenPipeError: 141}.get(type(error))
-        if not status:  # else the reader has had enough
-            what = error.filename or "standard output"
-            message = f"{what} cannot be used: {error.strerror or error}"
-    except (ValueError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
-        memory = "there is not enough memory: close other programs, or choose smaller sizes"
-        message = str(error) if isinstance(error, ValueError) else memory
-    if message:
-        log(f"{os.path.basename(sys.argv[0])}: error: {message}")
-    if message or status:
-        sys.exit(2 if message else status)
 
 
 # The command line of this one
