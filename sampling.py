@@ -155,15 +155,12 @@ def log(message):
         print(shown, file=sys.stderr or open(os.devnull, "w"), flush=True)
 
 
-def bounded(kind, low, high):
-    """An argparse type: a number of `kind` from low to high."""
-
-    def number(text):  # argparse shows this name: invalid number value
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not from {low} to {high}")
-        return value
-
-    return number
+def bounded(kind, low, high, text):
+    """An argparse type, with partial(): a number of `kind` from low to high."""
+    with suppress(ValueError):
+        if low <= (value := kind(text)) <= high:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high}")
 
 
 def run_cli(function):
@@ -173,20 +170,23 @@ def run_cli(function):
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         encoding = None if sys.stdout.isatty() else "utf-8"
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+    message = None
     try:
-        status, message = function(), None
+        status = function()
         sys.stdout.flush()
     except (KeyboardInterrupt, OSError) as error:
         if sys.stdout is sys.__stdout__:  # not a notebook's; nothing more is flushed at the end
             sys.stdout = open(os.devnull, "w")
         status = {KeyboardInterrupt: 130, BrokenPipeError: 141}.get(type(error), 2)
-        message = f"{error.filename or 'standard output'} cannot be used: {error.strerror or error}"
+        if status == 2:
+            what = error.filename or "standard output"
+            message = f"{what} cannot be used: {error.strerror or error}"
     except (ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         memory = "there is not enough memory: close other programs, or choose smaller sizes"
         status, message = 2, error if isinstance(error, ValueError) else memory
-    if status == 2:
+    if message:
         log(f"{os.path.basename(sys.argv[0])}: error: {message}")
     if status:
         sys.exit(status)
@@ -222,8 +222,8 @@ MODES = {"score": ["best", "num_samples"], "explain": [], "page": ["new", "data"
 
 def build_parser():
     parser = Parser(description=__doc__)
-    count, length = bounded(int, 1, 10**9), bounded(int, 1, MAX_LENGTH)
-    seed, threads = bounded(int, 0, 2**32 - 1), bounded(int, 1, 1024)
+    count, length = partial(bounded, int, 1, 10**9), partial(bounded, int, 1, MAX_LENGTH)
+    seed, threads = partial(bounded, int, 0, 2**32 - 1), partial(bounded, int, 1, 1024)
     add = parser.add_argument_group("which names").add_argument
     add("-n", "--num-samples", type=count, metavar="N", default=20, help="how many: -n 100 (20)")
     add("--start", metavar="TEXT", default="", help="names that begin with it: --start jo")
@@ -237,7 +237,7 @@ def build_parser():
     add("--column", metavar="C", help="of a table: the number or the heading of its column")
     add = parser.add_argument_group("how they are drawn").add_argument
     add("--model", metavar="FILE", default=MODEL, help="the network: --model elves.pth")
-    temperature = bounded(float, 0, 1e6)
+    temperature = partial(bounded, float, 0, 1e6)
     add("--temperature", type=temperature, metavar="T", default=1.0, help="below 1 more usual: 0.7")
     add("--top-k", type=count, metavar="K", help="only from the K likeliest characters: --top-k 3")
     add("--seed", type=seed, metavar="N", help="for the same names again: --seed 1")

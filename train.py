@@ -382,10 +382,12 @@ def device(name):
 
 def build_parser():
     parser = sampling.Parser(description=__doc__)
-    n, size, share = bounded(int, 1, 10**12), bounded(int, 1, model.MAX_SIZE), bounded(float, 0, 1)
-    batch_size, dropout = bounded(int, 2, 10**6), bounded(float, 0, 0.99)
-    positive, seed = bounded(float, 1e-6, 1e6), bounded(int, 0, 2**32 - 1)
-    threads, blocks = bounded(int, 1, 1024), [2**i for i in range(1, 11)]
+    whole, real = partial(bounded, int), partial(bounded, float)
+    n, size = partial(whole, 1, 10**12), partial(whole, 1, model.MAX_SIZE)
+    batch_size, threads = partial(whole, 2, 10**6), partial(whole, 1, 1024)
+    seed, dropout = partial(whole, 0, 2**32 - 1), partial(real, 0, 0.99)
+    share, positive = partial(real, 0, 1), partial(real, 1e-6, 1e6)
+    blocks = [2**i for i in range(1, 11)]
     add = parser.add_argument_group("files").add_argument
     add("--data", metavar="LIST", help="a text file, one name per line (names.txt)")
     add("--column", metavar="C", help="of a table: the number or the heading of its column")

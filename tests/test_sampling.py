@@ -138,7 +138,7 @@ def test_flags(tiny):
         "--model none.pth": "none.pth is not a file",
         f"--model {__file__}": "test_sampling.py is damaged, or was not written by train.py",
         "--temperature 0": "that is --top-k 1",
-        "-n 0": "-n/--num-samples: '0' is not from 1",
+        "-n 0": "-n/--num-samples: '0' is no int from 1",
     }.items(),
 )
 def test_bad_input(tiny, refused, flags, words):
