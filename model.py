@@ -5,7 +5,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -203,15 +203,13 @@ class Vocabulary:
 
         Raises ValueError for an unknown character.
         """
-        try:
-            return [token for char in text for token in self.tokens_of[char]]
-        except KeyError as error:
-            known = "".join(self.tokens_of)[1:60] + "..." * (len(self.tokens_of) > 60)
-            message = f"{error.args[0]!r} is not among the characters {known!r}"
-            forms = [[f for f in (c, c.lower(), c.upper()) if f in self.tokens_of] for c in text]
-            if all(forms):
-                message += f": did you mean {''.join(form[0] for form in forms)!r}?"
-            raise ValueError(message) from None
+        known = self.tokens_of.keys()
+        if unknown := [char for char in text if char not in known]:
+            chars = "".join(known)[1:60] + "..." * (len(known) > 60)
+            forms = [form for form in (text.lower(), text.upper()) if known >= set(form)]
+            hint = f": did you mean {forms[0]!r}?" if forms else ""
+            raise ValueError(f"{unknown[0]!r} is not among the characters {chars!r}{hint}")
+        return [token for char in text for token in self.tokens_of[char]]
 
     def decode(self, tokens):
         """Sequence of int -> str. A mark without a letter after it is nothing."""
@@ -292,22 +290,21 @@ def atomic_write(path, data):
 
     A link stays a link, and a file keeps its permissions.
     """
-    path = os.path.realpath(path)
-    partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.partial")
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(f".{path.name}.partial")
     with named(path):
         try:
-            with suppress(FileNotFoundError):
-                os.remove(partial)
-            with open(partial, "xb") as file:  # whatever stood there is not written through
+            partial.unlink(missing_ok=True)  # what stood there is not written through
+            with open(partial, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            if os.path.exists(path):
+            if path.exists():
                 shutil.copymode(path, partial)
             os.replace(partial, path)
         finally:
             with suppress(OSError):
-                os.remove(partial)
+                partial.unlink()
 
 
 def write_checkpoint(path, content):
@@ -324,22 +321,19 @@ def read_checkpoint(path, keys, advice):
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} is not a file: {advice}")
-    content, size = None, os.path.getsize(path)
-    with named(path), open(path, "rb") as file, suppress(Exception):
-        # Whatever zipfile and torch raise, the file is not theirs. zipfile checks all sums; these
-        # two fields have none. Nothing may be larger in memory than in the file.
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            plain = all(entry.external_attr == entry.compress_type == 0 for entry in entries)
-            if plain and sum(entry.file_size for entry in entries) <= size:
-                content = archive.testzip() or torch.load(path, "cpu", weights_only=True)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
-    if content.keys() != set(keys):
-        earlier = not content.keys().isdisjoint(("made", "origin"))
-        what = "was written by an earlier version" if earlier else "holds something else"
-        raise ValueError(f"{path} {what}: {advice}")
-    return content
+    what, size = "is damaged, or was not written by train.py", os.path.getsize(path)
+    with open(path, "rb") as file, suppress(Exception):  # whatever zipfile and torch raise
+        archive = zipfile.ZipFile(file)
+        entries = archive.infolist()
+        # zipfile checks all sums; these two fields have none. Nothing may be larger than the file.
+        plain = all(entry.external_attr == entry.compress_type == 0 for entry in entries)
+        if plain and sum(entry.file_size for entry in entries) <= size and not archive.testzip():
+            content = torch.load(path, "cpu", weights_only=True)
+            if content.keys() == set(keys):
+                return content
+            earlier = content.keys() & {"made", "origin"}
+            what = "was written by an earlier version" if earlier else "holds something else"
+    raise ValueError(f"{path} {what}: {advice}")
 
 
 CHECKPOINT = "config", "vocab", "layers", "metadata", "state_dict"
@@ -356,31 +350,26 @@ def load(path):
 
     Raises ValueError when there is no file, or it holds no network, or one of other layers.
     """
-    advice = "train a network with train.py first"
+    advice, what = "train a network with train.py first", "holds something else"
     checkpoint = read_checkpoint(path, CHECKPOINT, advice)
     config, chars, layers, metadata, state = (checkpoint[key] for key in CHECKPOINT)
-    net = None
     with suppress(Exception):  # missing keys, other types, shapes that do not fit
-        vocab, weights = Vocabulary([chars[1:]]), list(state.values())
+        vocab, quantiles = Vocabulary([chars[1:]]), metadata.get("quantiles", [0.0] * 101)
         fits = vocab.chars == chars and not CONTROL.search(chars[1:].replace(CASE_MARK, ""))
         fits &= len(chars) == config["vocab_size"] and config["block_size"] <= MAX_BLOCK_SIZE
-        # No memory is taken for what the weights could not fill.
+        fits &= len(quantiles) == 101 and quantiles == sorted(map(float, quantiles))
+        weights = [*state.values(), torch.tensor(quantiles)]
         fits &= all(w.is_contiguous() and bool(w.isfinite().all()) for w in weights)
+        # No memory is taken for sizes that the weights do not have.
         sizes = {config[name] for name in ("vocab_size", "n_embd", "n_hidden")}
         fits &= sizes <= {size for w in weights for size in w.shape}
-        fits &= config["n_hidden"] ** 2 <= 16 * sum(w.numel() for w in weights)
-        quantiles = metadata.get("quantiles", [0.0] * 101)
-        fits &= len(quantiles) == 101 and quantiles == sorted(map(float, quantiles))
-        fits &= all(map(math.isfinite, quantiles))
-        built = WaveNet(**config) if fits else None
-        if same := layer_names(built) == layers:
-            built.load_state_dict(state)
-        net = built
-    if not net:
-        raise ValueError(f"{path} holds something else: {advice}")
-    if not same:
-        raise ValueError(f"{path} has other layers than this model.py: {advice}")
-    return net.eval(), vocab, metadata
+        if fits and config["n_hidden"] ** 2 <= 16 * sum(w.numel() for w in weights):
+            net = WaveNet(**config)
+            if layer_names(net) == layers:
+                net.load_state_dict(state)
+                return net.eval(), vocab, metadata
+            what = "has other layers than this model.py"
+    raise ValueError(f"{path} {what}: {advice}")
 
 
 @torch.no_grad()
@@ -392,12 +381,11 @@ def load_pretrained(net, vocab, pretrained, pretrained_vocab):
     """
     stoi = pretrained_vocab.stoi
     known = {i: stoi.get(c) or stoi.get(other_case(c)) for i, c in enumerate(vocab.chars)}
-    known = {i: old for i, old in known.items() if i and old}
-    rows, old_rows = [0, *known], [0, *known.values()]  # 0: whatever character ends a name
+    known = {0: 0} | {i: old for i, old in known.items() if i and old}  # 0: whatever ends a name
     for new, old in zip(net.parameters(), pretrained.parameters(), strict=True):
         if new is net[0].weight or new is net[-1].weight:
-            new[rows] = old[old_rows]
+            new[[*known]] = old[[*known.values()]]
         elif new is not net[-1].bias:
             new.copy_(old)
-    rows = [i for i in rows[1:] if i != vocab.mark]
-    return {vocab.chars[i]: pretrained_vocab.chars[known[i]] for i in rows}
+    taken = {vocab.chars[i]: pretrained_vocab.chars[old] for i, old in known.items()}
+    return {char: old for char, old in taken.items() if char not in (vocab.end, CASE_MARK)}

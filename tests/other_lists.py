@@ -43,6 +43,7 @@ def shares(names, drawn):
 
 
 def row(folder, data, how, counts):
+    """Print a list's row -> the mean test loss less that of the counts."""
     names = read_names(data)
     loaded = [load(network(folder, data, how, seed)) for seed in SEEDS]
     val, test = (
@@ -52,33 +53,31 @@ def row(folder, data, how, counts):
     samples = [shares(names, generate(net, vocab, 2000)) for net, vocab, _ in loaded]
     known, rare = (f"{mean(each):.1%}" for each in zip(*samples))
     kept = [metadata["kept"] for _, _, metadata in loaded]
-    steps = loaded[0][2]["steps"]
-    spread = f"{min(test):.3f} to {max(test):.3f}"
-    cells = [data.stem, how, f"{mean(val):.3f} / {mean(test):.3f}", spread]
-    cells += [f"{mean(test) - counts:+.3f}", f"{mean(kept):,.0f} of {steps:,}", known]
+    gain, steps = mean(test) - counts[1], loaded[0][2]["steps"]
+    cells = [data.stem, f"{len(names):,}", f"{counts[0]:.3f} / {counts[1]:.3f}", how]
+    cells += [f"{mean(val):.3f} / {mean(test):.3f}", f"{min(test):.3f} to {max(test):.3f}"]
+    cells += [f"{gain:+.3f}", f"{mean(kept):,.0f} of {steps:,}", known]
     cells += [f"{rare} ({shares(names, names)[1]:.1%})"]
     print(f"| {' | '.join(cells)} |", flush=True)
-    return mean(test) - counts
+    return gain
 
 
 def main():
     folder, lists = Path(sys.argv[1]).resolve(), [Path(name).resolve() for name in sys.argv[2:]]
     folder.mkdir(exist_ok=True)
+    runs = [(data, how, seed) for seed in SEEDS for how in HOW for data in lists]
     with ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(network, folder, data, how, seed)
-            for seed in SEEDS
-            for how in HOW
-            for data in lists
-        ]
-        for job in jobs:
-            job.result()
-    print("| list | | val / test | test, from to | test - Kneser-Ney | kept | in the list | rare |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    counts = [tuned(read_names(data)).loss(split(read_names(data))["test"]) for data in lists]
+        list(pool.map(lambda run: network(folder, *run), runs))
+    columns = ["list", "names", "Kneser-Ney val / test", "", "val / test", "test, from to"]
+    columns += ["test - Kneser-Ney", "step kept, of", "in the list", "rare"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    counts = {}
+    for data in lists:
+        parts, table = split(read_names(data)), tuned(read_names(data))
+        counts[data] = [table.loss(parts[part]) for part in ("val", "test")]
     for how in HOW:
-        gains = [row(folder, data, how, count) for data, count in zip(lists, counts)]
-        print(f"| mean | {how} | | | {mean(gains):+.3f} | | | |")
+        gains = [row(folder, data, how, counts[data]) for data in lists]
+        print(f"| mean of {len(lists)} | | | {how} | | | {mean(gains):+.3f} | | | |")
 
 
 if __name__ == "__main__":
