@@ -21,9 +21,7 @@ from torch import nn
 
 from layers import BatchNorm1d, Dropout, Embedding, FlattenConsecutive, Linear, Tanh
 
-# The end token ends every name and pads the context on the left. A list whose names hold "." has
-# another one, which no line of a file can hold.
-END, LINE_END = ".", "\n"
+END, LINE_END = ".", "\n"  # ends a name and pads its context; where names hold ".", LINE_END does
 CASE_MARK = "\x0e"  # before a letter: the other case of it; a control character is in no name
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Soft hyphen, zero-width space, byte order mark, bidi marks; not the joiners, which spell words.
@@ -33,6 +31,8 @@ ARCHIVES |= {b"PK\3\4": "a zip file", b"\x1f\x8b": "a gzip file"}  # how the fil
 NUMBERED = re.compile(r"\d+[\s.,:;)-]+\D|.*\D[\s,:;]+\d[\d.,]*%?$")
 MAX_CHARACTERS, MAX_LINE = 2**28, 2**15  # of a list, as a pipe might never end, and of a line
 MAX_SIZE, MAX_BLOCK_SIZE = 4096, 1024  # of a network
+SIZES = "vocab_size", "block_size", "n_embd", "n_hidden"
+CHECKPOINT = "config", "vocab", "layers", "metadata", "state_dict"  # what its file holds
 
 
 @contextmanager
@@ -178,22 +178,21 @@ class Vocabulary:
     """
 
     def __init__(self, texts):
-        counts, cases = Counter(), Counter()
+        counts = Counter()
         for i in range(0, len(texts), 100_000):  # in parts: a list of ten million fits
             counts.update("".join(texts[i : i + 100_000]))
-        for char in filter(other_case, counts):
-            cases[char.isupper()] += counts[char]
-        rarer = cases[True] <= cases[False]  # the capitals, or else the small letters
-        marked = {c for c in counts if len(cases) == 2 and other_case(c) and c.isupper() == rarer}
-        chars = {other_case(c) if c in marked else c for c in counts} | {CASE_MARK for _ in marked}
+        capitals = {char for char in counts if other_case(char) and char.isupper()}
+        small = {char for char in counts if other_case(char)} - capitals
+        rarer = min(capitals, small, key=lambda case: sum(counts[char] for char in case))
+        chars = counts.keys() - rarer | {other_case(c) for c in rarer} | {CASE_MARK for _ in rarer}
         self.end = LINE_END if END in chars else END
         self.chars = self.end + "".join(sorted(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}
         self.mark = self.stoi.get(CASE_MARK)
         self.tokens_of = {char: [i] for char, i in self.stoi.items() if i != self.mark}
         if self.mark:
-            cased = [(other, i) for char, i in self.stoi.items() if (other := other_case(char))]
-            self.tokens_of |= {char: [self.mark, i] for char, i in cased}
+            cased = {char: i for char, i in self.stoi.items() if other_case(char)}
+            self.tokens_of |= {other_case(char): [self.mark, i] for char, i in cased.items()}
 
     def __len__(self):
         return len(self.chars)
@@ -253,20 +252,16 @@ class WaveNet(nn.Sequential):
         layers, n_in = [Embedding(vocab_size, n_embd)], n_embd
         for _ in range(block_size.bit_length() - 1):
             linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would cancel a bias
-            # BatchNorm1d cancels the scale of this weight too; but a smaller weight is turned
-            # further by each step of SGD, arXiv:1706.05350, and a long training gains from that.
+            # It cancels the scale of this weight too; but a smaller weight is turned further by
+            # each step of SGD, arXiv:1706.05350, and a long training gains from that.
             linear.weight.data *= 0.5
             layers += [FlattenConsecutive(2), linear, BatchNorm1d(n_hidden), Tanh()]
-            if dropout:
-                layers.append(Dropout(dropout))
+            layers += [Dropout(dropout)] if dropout else []
             n_in = n_hidden
         head = Linear(n_hidden, vocab_size)
-        # Small logits: training starts without confident mistakes that it would have to unlearn.
-        head.weight.data *= 0.1
+        head.weight.data *= 0.1  # small logits: no confident mistakes at first, to be unlearned
         super().__init__(*layers, head)
-        self.config = dict(
-            vocab_size=vocab_size, block_size=block_size, n_embd=n_embd, n_hidden=n_hidden
-        )
+        self.config = dict(zip(SIZES, (vocab_size, block_size, n_embd, n_hidden)))
 
     def __getitem__(self, i):  # nn.Sequential would make a slice with WaveNet(...)
         return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
@@ -336,9 +331,6 @@ def read_checkpoint(path, keys, advice):
     raise ValueError(f"{path} {what}: {advice}")
 
 
-CHECKPOINT = "config", "vocab", "layers", "metadata", "state_dict"
-
-
 def save(path, net, vocab, metadata):
     """Write a network: sizes, vocabulary, layers, how it was trained (a dict), weights."""
     content = net.config, vocab.chars, layer_names(net), metadata, dict(net.state_dict())
@@ -354,16 +346,16 @@ def load(path):
     checkpoint = read_checkpoint(path, CHECKPOINT, advice)
     config, chars, layers, metadata, state = (checkpoint[key] for key in CHECKPOINT)
     with suppress(Exception):  # missing keys, other types, shapes that do not fit
+        V, T, E, H = (config[key] for key in SIZES)
         vocab, quantiles = Vocabulary([chars[1:]]), metadata.get("quantiles", [0.0] * 101)
         fits = vocab.chars == chars and not CONTROL.search(chars[1:].replace(CASE_MARK, ""))
-        fits &= len(chars) == config["vocab_size"] and config["block_size"] <= MAX_BLOCK_SIZE
         fits &= len(quantiles) == 101 and quantiles == sorted(map(float, quantiles))
         weights = [*state.values(), torch.tensor(quantiles)]
         fits &= all(w.is_contiguous() and bool(w.isfinite().all()) for w in weights)
-        # No memory is taken for sizes that the weights do not have.
-        sizes = {config[name] for name in ("vocab_size", "n_embd", "n_hidden")}
-        fits &= sizes <= {size for w in weights for size in w.shape}
-        if fits and config["n_hidden"] ** 2 <= 16 * sum(w.numel() for w in weights):
+        # No memory for weights that are only claimed; of your own layers, a 16th may be enough.
+        claimed = V * E + 2 * E * H + 2 * H * H * (T.bit_length() - 2) + H * V
+        fits &= len(chars) == V and min(E, H) > 0 and T <= MAX_BLOCK_SIZE
+        if fits and claimed <= 16 * sum(w.numel() for w in weights):
             net = WaveNet(**config)
             if layer_names(net) == layers:
                 net.load_state_dict(state)

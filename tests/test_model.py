@@ -184,6 +184,12 @@ def test_save_and_load(tmp_path):
         model.load(path)
 
 
+def test_a_network_of_a_single_wide_level_comes_back(tmp_path):
+    net, path = random_net(0, 3, 2, 2, 600), tmp_path / "wide.pth"
+    model.save(path, net, Vocabulary(["ab"]), {})
+    assert_close(model.load(path)[0].state_dict(), net.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name, known, taken", [("Zab.", "zab", "zab"), ("ZAQ", "ZA", "za")])
 def test_load_pretrained(name, known, taken):
     """Known characters get their rows, or those of the other case; the levels are as they were."""
