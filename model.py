@@ -97,7 +97,7 @@ def read_column(path, lines, column):
         if not 0 <= i < widest:
             raise ValueError("too few fields")
     except (csv.Error, ValueError) as error:
-        what = f"{path} has no column {column!r}, {error}: its first row is {head[:1]}"
+        what = f"{path} has no column {column!r} ({error}), its first row is {head[:1]}"
         raise ValueError(what) from None
 
 

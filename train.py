@@ -376,7 +376,9 @@ def device(name):
     """An argparse type: a device of this machine."""
     here = ["cpu"] + [each for each in ("cuda", "mps") if getattr(torch, each).is_available()]
     if name not in here:
-        raise ArgumentTypeError(f"{name!r} is not on this machine: --device {' or '.join(here)}")
+        raise ArgumentTypeError(
+            f"{name!r} is not on this machine: use --device {' or '.join(here)}"
+        )
     return name
 
 
@@ -465,7 +467,7 @@ def run(args, given):
             raise ValueError("the shipped network has other layers: add --out FILE.pth")
     out, pretrained, state = os.path.realpath(args.out or sampling.MODEL), None, None
     if not (out.endswith(".pth") and os.path.isdir(os.path.dirname(out))):
-        raise ValueError(f"--out {args.out} must be a file .pth in a folder that is there")
+        raise ValueError(f"--out {args.out} must end in .pth, in a folder that exists")
     unfinished = f"{out}.unfinished"
     with process_group(args.device), nullcontext() if rank() else locked(f"{unfinished}.lock"):
         if args.resume:
