@@ -53,7 +53,7 @@ def default_hparams(n):
     table = {  # for at most so many windows: dropout, truncate, steps
         5_000: (0.4, 0.95, 12_000),
         25_000: (round(min(0.4, max(0.25, 3000 / n)), 2), 0.8, 20_000),
-        math.inf: (dropout, round(8 * max(0.0, dropout - 0.15), 2), min(200_000, n * 13 // 10)),
+        math.inf: (dropout, round(8 * max(0.0, dropout - 0.15), 2), min(200_000, 2 * n)),
     }
     row = next(row for most, row in table.items() if n <= most)
     return dict(zip(("dropout", "truncate", "steps"), row))
@@ -218,6 +218,8 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
     pretrained = [weight.to(args.device) for weight in state["pretrained"]]
     batches = minibatches(net, train_windows, state["step"], args)
     weight_decay = 60 / max(12_000, steps)
+    if pretrained and len(train_windows) <= 25_000:
+        weight_decay *= 3  # few names: nearer to what it starts from
     # Validating on a thousand windows takes the time of some ten steps: so at least fifty follow.
     eval_every = max(steps // 40, len(val_windows) // 20, 1)
     per_character = len(train_windows) / n_characters(train_windows, vocab)

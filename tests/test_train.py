@@ -125,6 +125,7 @@ def test_200_steps_are_those_of_torch_and_of_the_plain_way(pretrained, monkeypat
     """Each loss: in torch's layers, by autograd and SGD, where a penalty pulls matrices to 0 or to
     what they were; and, with and without dropout, by autograd through our layers."""
     origin, same, losses = list(network(small()).parameters()), twin(len(VOCAB), 8, 10, 64), []
+    decay = (180 if pretrained else 60) / 12_000
     same.load_state_dict(network(small()).state_dict())
     optimizer = torch.optim.SGD(same.parameters())
     for step, (contexts, targets) in enumerate(drawn(small())):
@@ -133,7 +134,7 @@ def test_200_steps_are_those_of_torch_and_of_the_plain_way(pretrained, monkeypat
         away = [now - pretrained * old.detach() for now, old in both if now.dim() == 2]
         optimizer.param_groups[0]["lr"] = 0.1 if step < 100 else 0.01
         optimizer.zero_grad()
-        (loss + 60 / 12_000 / 2 * sum(each.square().sum() for each in away)).backward()
+        (loss + decay / 2 * sum(each.square().sum() for each in away)).backward()
         optimizer.step()
     for dropout in 0.0, 0.2:
         fast = trained(small(dropout=dropout), pretrained=pretrained)[1][-1]["curves"]
