@@ -217,9 +217,7 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
     parameters, steps = list(net.train().parameters()), args.steps
     pretrained = [weight.to(args.device) for weight in state["pretrained"]]
     batches = minibatches(net, train_windows, state["step"], args)
-    weight_decay = 60 / max(12_000, steps)
-    if pretrained and len(train_windows) <= 25_000:
-        weight_decay *= 3  # few names: nearer to what it starts from
+    weight_decay = 30 / len(train_windows) if pretrained else 60 / max(12_000, steps)
     # Validating on a thousand windows takes the time of some ten steps: so at least fifty follow.
     eval_every = max(steps // 40, len(val_windows) // 20, 1)
     per_character = len(train_windows) / n_characters(train_windows, vocab)

@@ -125,7 +125,7 @@ def test_200_steps_are_those_of_torch_and_of_the_plain_way(pretrained, monkeypat
     """Each loss: in torch's layers, by autograd and SGD, where a penalty pulls matrices to 0 or to
     what they were; and, with and without dropout, by autograd through our layers."""
     origin, same, losses = list(network(small()).parameters()), twin(len(VOCAB), 8, 10, 64), []
-    decay = (180 if pretrained else 60) / 12_000
+    decay = 30 / len(TOKENS) if pretrained else 60 / 12_000
     same.load_state_dict(network(small()).state_dict())
     optimizer = torch.optim.SGD(same.parameters())
     for step, (contexts, targets) in enumerate(drawn(small())):
