@@ -53,7 +53,7 @@ def default_hparams(n):
     table = {  # for at most so many windows: dropout, truncate, steps
         5_000: (0.4, 0.95, 12_000),
         25_000: (round(min(0.4, max(0.25, 3000 / n)), 2), 0.8, 20_000),
-        math.inf: (dropout, round(8 * max(0.0, dropout - 0.15), 2), min(200_000, 2 * n)),
+        math.inf: (dropout, round(8 * max(0.0, dropout - 0.15), 2), min(200_000, n * 13 // 10)),
     }
     row = next(row for most, row in table.items() if n <= most)
     return dict(zip(("dropout", "truncate", "steps"), row))
