@@ -178,9 +178,7 @@ class Vocabulary:
     """
 
     def __init__(self, texts):
-        counts = Counter()
-        for i in range(0, len(texts), 100_000):  # in parts: a list of ten million fits
-            counts.update("".join(texts[i : i + 100_000]))
+        counts = Counter(chain.from_iterable(texts))
         capitals = {char for char in counts if other_case(char) and char.isupper()}
         small = {char for char in counts if other_case(char)} - capitals
         rarer = min(capitals, small, key=lambda case: sum(counts[char] for char in case))
