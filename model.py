@@ -72,8 +72,6 @@ def read_lines(path):
                 yield line.removesuffix("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8")
-        finally:
-            text.detach()  # or it would close standard input
 
 
 def fields_shared(rows, delimiter):
