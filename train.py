@@ -17,7 +17,7 @@ from itertools import islice
 
 import torch
 from filelock import FileLock, Timeout
-from torch import distributed
+from torch import distributed, nn
 from tqdm import tqdm
 
 import layers
@@ -333,11 +333,10 @@ def process_group(device):
 
 def average_gradients(parameters):
     """The mean over all processes, by one sum of one flat buffer, as DistributedDataParallel."""
-    flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+    gradients = [parameter.grad for parameter in parameters]
+    flat = nn.utils.parameters_to_vector(gradients)
     distributed.all_reduce(flat)
-    means = (flat / world_size()).split([parameter.numel() for parameter in parameters])
-    for parameter, mean in zip(parameters, means):
-        parameter.grad.copy_(mean.view_as(parameter))
+    nn.utils.vector_to_parameters(flat / world_size(), gradients)
 
 
 def agreed(received, device):
