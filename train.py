@@ -390,7 +390,7 @@ def build_parser():
     share, positive = partial(real, 0, 1), partial(real, 1e-6, 1e6)
     blocks = [2**i for i in range(1, 11)]
     add = parser.add_argument_group("files").add_argument
-    add("--data", metavar="LIST", help="a text file, one name per line (names.txt)")
+    add("--data", metavar="LIST", default=sampling.NAMES, help="one name per line (names.txt)")
     add("--column", metavar="C", help="of a table: the number or the heading of its column")
     add("--out", metavar="FILE.pth", help="the network; its picture becomes FILE.png")
     add("--init-from", metavar="FILE", help="start from this network, not from random weights")
@@ -499,7 +499,6 @@ def resumed(given, saved):
 def train_list(args, state, pretrained, out, unfinished):
     """A training, from the list of names to the files -> the signal that stopped it, or 0."""
     torch.set_num_threads(args.threads)
-    args.data = args.data or sampling.NAMES
     picture, new = f"{out.removesuffix('.pth')}.png", not state
     check_files(args, out, picture, unfinished)
     names = model.read_names(args.data, args.column, log)
