@@ -180,16 +180,25 @@ def recompute_statistics(net, tokens, batches):
     net.eval()
 
 
-def validate(average, train_windows, val_windows, vocab, state, keep=True):
-    """Measure the averaged weights, and snapshot them to keep when none was better."""
+def validate(average, train_windows, val_windows, vocab, args, state, bar):
+    """Measure the averaged weights, snapshot them where none was better, and say so."""
     recompute_statistics(average, train_windows, batches=1)
     loss, _ = calibrate(average, val_windows, vocab)
     if not math.isfinite(loss):
         raise ValueError(f"the validation loss is {loss} at step {state['step']:,}: lower --lr")
     state["curves"]["val"].append((state["step"], loss))
-    if keep and loss < state["best"]["loss"]:
+    # In the first half a small validation split would choose far too early a step.
+    first_half = 0 < state["step"] <= args.steps // 2
+    if loss < state["best"]["loss"] and not first_half:
         weights = copy.deepcopy(average.state_dict())
         state["best"] = dict(step=state["step"], loss=loss, state_dict=weights)
+    best, at = min((loss, step) for step, loss in state["curves"]["val"])
+    temperature = usual_temperature(args.truncate)
+    names = sampling.generate(average, vocab, 1, temperature=temperature, max_length=12)
+    message = f"val {loss:.3f} (best {best:.3f} at {at:,}) {''.join(names)}"
+    bar.set_description_str(message, refresh=False)
+    if bar.disable:  # there is no terminal
+        log(f"step {state['step']:,} of {args.steps:,}: {message}")
 
 
 # The training
@@ -221,12 +230,12 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
     # Validating on a thousand windows takes the time of some ten steps: so at least fifty follow.
     eval_every = max(steps // 40, len(val_windows) // 20, 1)
     per_character = len(train_windows) / n_characters(train_windows, vocab)
-    if pretrained and not state["step"] and not rank():  # what it starts from may remain the best
-        validate(average, train_windows, val_windows, vocab, state)
     hidden = True if rank() or sys.stderr is None else None  # None: unless on a terminal
     bar = tqdm(total=steps, initial=state["step"], dynamic_ncols=True, disable=hidden)
     bar.bar_format = "{n_fmt}/{total_fmt} {remaining} {rate_fmt} {desc}"
     with bar, stop_signals() as received:
+        if pretrained and not state["step"] and not rank():  # what it starts from may remain best
+            validate(average, train_windows, val_windows, vocab, args, state, bar)
         for step in range(state["step"], steps):
             # For dropout: another seed than that of minibatches(), and resuming repeats it.
             torch.manual_seed(~(args.seed * 10**9 + step))
@@ -241,27 +250,13 @@ def train(net, average, vocab, train_windows, val_windows, args, state, save_sta
                 update_average(average, net, state["averaged"])
                 state["averaged"] += 1
             if eval_due and not rank():
-                # In the first half a small validation split would choose far too early a step.
-                keep = step >= steps // 2
-                validate(average, train_windows, val_windows, vocab, state, keep)
-                report(bar, state, average, vocab, args)
+                validate(average, train_windows, val_windows, vocab, args, state, bar)
             bar.update()
             if (last or stop or (step + 1) % args.checkpoint_every == 0) and not rank():
                 save_state(state)
             if stop:
                 break
     return agreed(received, args.device)
-
-
-def report(bar, state, average, vocab, args):
-    """The last losses and a new name, behind the bar; where there is no bar, on a line."""
-    curve, temperature = state["curves"]["val"], usual_temperature(args.truncate)
-    best, at = min((loss, step) for step, loss in curve)
-    names = sampling.generate(average, vocab, 1, temperature=temperature, max_length=12)
-    message = f"val {curve[-1][1]:.3f} (best {best:.3f} at {at:,}) {''.join(names)}"
-    bar.set_description_str(message, refresh=False)
-    if bar.disable:
-        log(f"step {state['step']:,} of {args.steps:,}: {message}")
 
 
 @torch.no_grad()
