@@ -571,7 +571,8 @@ def check_files(args, out, picture, unfinished):
 def new_network(args, vocab, tokens, pretrained):
     """(the network of the seed, on --device; the weights that it started from with --init-from).
 
-    Its bias knows the frequencies, so that training need not unlearn rare tokens.
+    Its bias knows the frequencies, so that training need not unlearn rare tokens. Raises ValueError
+    where the device gives other losses than a CPU.
     """
     torch.manual_seed(args.seed)
     net = WaveNet(len(vocab), args.block_size, args.n_embd, args.n_hidden, args.dropout)
@@ -586,17 +587,10 @@ def new_network(args, vocab, tokens, pretrained):
         log("if the two lists share names, the losses look better than they are")
         weights = [weight.detach().clone() for weight in net.parameters()]
     if args.device != "cpu":
-        check_device(net, tokens[:1000], args.device)
-    return net.to(args.device), weights
-
-
-@torch.no_grad()
-def check_device(net, tokens, device):
-    """Raise ValueError where distinct rows on a device give other logits than a CPU: mps is new."""
-    contexts, there = contexts_and_targets(tokens)[0], copy.deepcopy(net).to(device).eval()
-    found = layers.forward(there, layers.distinct_rows(there, contexts[None].to(device))[0])
-    if not torch.allclose(found.cpu(), copy.deepcopy(net).eval()(contexts), atol=1e-3):
-        raise ValueError(f"--device {device} computes wrongly here: leave it out")
+        losses = token_losses(net, tokens[:1000])
+        if not torch.allclose(losses, token_losses(net.to(args.device), tokens[:1000]), atol=1e-3):
+            raise ValueError(f"--device {args.device} computes wrongly here: leave it out")
+    return net, weights
 
 
 def describe(n_names, vocab, data, net, chosen):
