@@ -41,28 +41,21 @@ class Embedding(nn.Module):
 class FlattenConsecutive(nn.Module):
     """Join n neighbours, as WaveNet does, arXiv:1609.03499: (B, T, C) -> (B, T/n, n*C), and to
     (B, n*C) when T is n. Raises ValueError when T is not a multiple of n.
-
-    With `children` (n*R,), of rows (M, C) -> (R, n*C): row r joins those children[n*r : n*r + n].
     """
 
     def __init__(self, n):
         super().__init__()
         self.n = n
 
-    def forward(self, x, children=None):
-        save_for_backward(self, x.shape, children)
-        if children is not None:
-            return x.index_select(0, children).view(-1, self.n * x.shape[1])
+    def forward(self, x):
+        save_for_backward(self, x.shape)
         B, T, C = x.shape
         if T == 0 or T % self.n:
             raise ValueError(f"{T} positions cannot be joined in groups of {self.n}")
         return x.reshape(B, T * C) if T == self.n else x.reshape(B, T // self.n, self.n * C)
 
-    def backward(self, grad_out):  # the same numbers in another shape, and where they came from
-        shape, children = self.saved
-        if children is None:
-            return grad_out.view(shape)
-        return index_select_backward(grad_out.view(-1, shape[1]), children, shape[0])
+    def backward(self, grad_out):  # the same numbers in another shape
+        return grad_out.view(self.saved[0])
 
 
 class Linear(nn.Module):
@@ -246,7 +239,7 @@ def forward(net, rows):
     for layer in net:
         if isinstance(layer, FlattenConsecutive):
             level = next(coming)
-            x = layer(x, level.children)
+            x = layer(x.index_select(0, level.children).view(-1, 2, x.shape[1]))
         else:
             x = layer(x, level.weights, level.n) if isinstance(layer, BatchNorm1d) else layer(x)
     return x.index_select(0, row_ids)
@@ -261,3 +254,7 @@ def backward(net, rows, logits, grad_out):
     grad_out = index_select_backward(grad_out, row_ids, len(levels[-1].weights))
     for layer in reversed(net):
         grad_out = layer.backward(grad_out)
+        if isinstance(layer, FlattenConsecutive):
+            *levels, level = levels
+            n_below = len(levels[-1].weights) if levels else len(net[0].weight)
+            grad_out = index_select_backward(grad_out.flatten(0, 1), level.children, n_below)
