@@ -69,30 +69,6 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MA
     return [name for name in names if 0 < len(name) <= max_length]
 
 
-def sample_matching(sample, n, batch=BATCH, accept=lambda name: True, once=False):
-    """Yield n names that sample(size <= batch) draws and accept(name) likes, each `once` or not.
-
-    It ends, and says so on stderr, after MAX_MISSES draws in a row that find nothing.
-    """
-    begin, pause, seen = time.monotonic(), PAUSE, set()
-    drawn = found = last = 0  # last: how many were drawn up to the last find
-    while found < n and drawn - last < MAX_MISSES:
-        # As many as should be needed, going by the share of those drawn that were accepted.
-        size = min(batch, (n - found) * (drawn + 1) // (found + 1))
-        drawn += size
-        for name in map(normalize, sample(size)):
-            if found < n and name not in seen and accept(name):
-                found, last = found + 1, drawn
-                if once:
-                    seen.add(name)
-                yield name
-        if time.monotonic() - begin > pause:
-            log(f"{found:,} of {n:,} names found among {drawn:,} drawn")
-            pause *= 2
-    if found < n:
-        log(f"only {found:,} of {n:,} names found among {drawn:,} drawn")
-
-
 @torch.no_grad()
 def token_losses(net, tokens, scales=(1.0,)):
     """The loss of each of N windows (N, T + 1), in nats, in eval mode: (N, S).
@@ -274,7 +250,7 @@ def run(args, given):
         title = os.path.basename(args.data or (NAMES if known else args.model))
         temperature = usual_temperature(metadata.get("truncate"))
         return write_page(args.page, net, vocab, title, args.new and known, temperature)
-    return print_names(args, net, vocab, metadata, known)
+    return print_names(args, net, vocab, known)
 
 
 def read_known(args, metadata):
@@ -296,8 +272,11 @@ def read_known(args, metadata):
     return names if args.new else None
 
 
-def print_names(args, net, vocab, metadata, known):
-    """Draw names and print them -> 1 when there are fewer than were asked for."""
+def sample_matching(args, net, vocab, known, n):
+    """Yield n names that fit the flags, with --new each once.
+
+    It ends, and says so on stderr, after MAX_MISSES draws in a row that find nothing.
+    """
     start = normalize(f"{args.start}|")[:-1]  # blanks at its end count
     if max(len(start), args.min_length) > args.max_length:
         raise ValueError(f"--start or --min-length is longer than --max-length {args.max_length}")
@@ -307,26 +286,42 @@ def print_names(args, net, vocab, metadata, known):
         pattern = re.compile(args.match)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"--match {args.match!r} is not a regular expression: {error}")
-    batch, in_list = min(BATCH, 2**22 // len(vocab)), set(known or ())
-    torch.manual_seed(torch.seed() if args.seed is None else args.seed)
-
-    def sample(size):
-        names = generate(net, vocab, size, start, args.temperature, args.top_k, args.max_length)
-        if not names and args.max_length == MAX_LENGTH and (size == batch or args.top_k == 1):
-            raise ValueError(f"{args.model}: none of {size:,} names ended within {MAX_LENGTH:,}")
-        return names
-
-    def accept(name):
-        fits = args.min_length <= len(name) <= args.max_length and name.startswith(start)
-        fits = fits and not (args.new and name in in_list) and pattern.search(name) is not None
-        return fits and not (args.min_edits and close(name, known, score_cutoff=args.min_edits - 1))
-
     if args.min_edits:
         from rapidfuzz import distance, process  # not before it is needed
 
         close = partial(process.extractOne, scorer=distance.Levenshtein.distance)
-    n = args.num_samples
-    names = sample_matching(sample, n * (POOL if args.best else 1), batch, accept, once=args.new)
+    torch.manual_seed(torch.seed() if args.seed is None else args.seed)
+    batch, refused = min(BATCH, 2**22 // len(vocab)), set(known if args.new else ())
+    begin, pause = time.monotonic(), PAUSE
+    drawn = found = last = 0  # last: how many were drawn up to the last find
+    while found < n and drawn - last < MAX_MISSES:
+        # As many as should be needed, going by the share of those drawn that fitted.
+        size = min(batch, (n - found) * (drawn + 1) // (found + 1))
+        names = generate(net, vocab, size, start, args.temperature, args.top_k, args.max_length)
+        if not names and args.max_length == MAX_LENGTH and (size == batch or args.top_k == 1):
+            raise ValueError(f"{args.model}: none of {size:,} names ended within {MAX_LENGTH:,}")
+        drawn += size
+        for name in map(normalize, names):
+            fits = args.min_length <= len(name) <= args.max_length and name.startswith(start)
+            if found == n or name in refused or not (fits and pattern.search(name)):
+                continue
+            if args.min_edits and close(name, known, score_cutoff=args.min_edits - 1):
+                continue
+            if args.new:
+                refused.add(name)
+            found, last = found + 1, drawn
+            yield name
+        if time.monotonic() - begin > pause:
+            log(f"{found:,} of {n:,} names found among {drawn:,} drawn")
+            pause *= 2
+    if found < n:
+        log(f"only {found:,} of {n:,} names found among {drawn:,} drawn")
+
+
+def print_names(args, net, vocab, known):
+    """Draw names and print them -> 1 when there are fewer than were asked for."""
+    n, in_list = args.num_samples, set(known or ())
+    names = sample_matching(args, net, vocab, known, n * (POOL if args.best else 1))
     if args.best:
         names = list(dict.fromkeys(names))
         names = [name for _, name in sorted(zip(score(net, vocab, names), names))][:n]
