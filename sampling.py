@@ -19,7 +19,6 @@ import torch
 
 import layers
 import model
-from layers import distinct_rows, forward
 from model import contexts_and_targets, load, normalize, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -50,8 +49,8 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MA
     alive = torch.arange(n)  # the names that have not come to their end
     longest = T + max_length * (2 if vocab.mark else 1)
     while len(alive) and tokens.shape[1] <= longest:
-        (rows,) = distinct_rows(net, tokens[None, alive, -T:].to(device))
-        logits = forward(net.eval(), rows).double().cpu()
+        (rows,) = layers.distinct_rows(net, tokens[None, alive, -T:].to(device))
+        logits = layers.forward(net.eval(), rows).double().cpu()
         if not logits.isfinite().all():
             raise ValueError(NOT_FINITE)
         if tokens.shape[1] == T:
@@ -79,7 +78,7 @@ def token_losses(net, tokens, scales=(1.0,)):
     bias = 0.0 if bias is None else bias
     for part in tokens.split(min(8192, 2**25 // net.config["vocab_size"])):
         contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
-        logits = forward(net, distinct_rows(net, contexts[None])[0])
+        logits = layers.forward(net, layers.distinct_rows(net, contexts[None])[0])
         log_probs = [(bias + scale * (logits - bias)).log_softmax(1) for scale in scales]
         losses.append(torch.cat([-each.gather(1, targets.unsqueeze(1)) for each in log_probs], 1))
     return torch.cat(losses).cpu()
@@ -336,7 +335,8 @@ def print_names(args, net, vocab, known):
 
 def print_scores(args, net, vocab, metadata):
     """For each line of a file its loss, the percentage that fits worse, and the line itself."""
-    lines, unknown, quantiles, rows = model.read_lines(args.score), 0, metadata.get("quantiles"), []
+    lines, quantiles = model.read_lines(args.score), metadata.get("quantiles")
+    unknown, rows = 0, set()
     while part := list(islice(lines, 10_000)):
         losses = score(net, vocab, [normalize(line) for line in part])
         for loss, line in zip(losses, part):
@@ -346,9 +346,9 @@ def print_scores(args, net, vocab, metadata):
             if not args.best:
                 print(row)
             elif row:
-                rows.append((loss, line, row))
-    best = sorted(dict.fromkeys(rows))[: args.num_samples]
-    print("".join(f"{row}\n" for _, _, row in best), end="")
+                rows.add((loss, line, row))
+    for _, _, row in sorted(rows)[: args.num_samples]:
+        print(row)
     if unknown:
         log(f"names with characters that the network does not know: {unknown:,}")
 
