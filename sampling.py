@@ -192,6 +192,8 @@ def refuse_flags(given, allowed, why):
 
 # The command line of this one
 
+MODES = {"score": ["best", "num_samples"], "explain": [], "page": ["new", "data", "column"]}
+
 
 def build_parser():
     parser = Parser(description=__doc__)
@@ -229,12 +231,12 @@ def main(argv=None):
 def run(args, given):
     """Do what was asked for -> exit status."""
     torch.set_num_threads(args.threads)
-    of_score = ["best", "num_samples"] if args.best else []
-    modes = {"score": of_score, "explain": [], "page": ["new", "data", "column"]}
-    for mode, allowed in modes.items():
+    for mode, allowed in MODES.items():
         if mode in given:
             refuse_flags(given, ["model", "threads", mode, *allowed], f"cannot go with --{mode}")
     args.new |= args.min_edits is not None
+    if args.score is not None and not args.best and "num_samples" in given:
+        raise ValueError("-n goes with --score only beside --best")
     net, vocab, metadata = load(args.model)
     if args.score is not None:
         return print_scores(args, net, vocab, metadata)
