@@ -23,7 +23,7 @@ from model import contexts_and_targets, load, normalize, windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NAMES, MODEL = os.path.join(HERE, "names.txt"), os.path.join(HERE, "model_state.pth")
-BATCH = 8192  # names drawn at once
+BATCH = 20_000  # names drawn at once
 MAX_LENGTH = 1000  # characters of a name; a network that never ends one would go on for ever
 MAX_MISSES = 10**6  # draws in a row that find nothing, after which it gives up
 PAUSE = 2  # seconds until it says how many were found
