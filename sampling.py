@@ -360,16 +360,17 @@ def explain(net, vocab, name):
     vocab.encode(name)  # an unknown character is reported before anything is printed
     if not 0 < len(name) <= MAX_LENGTH or vocab.end in name:
         raise ValueError(f"{name[:60]!r} is not a name that this network can make")
-    chars, shown = name + vocab.end, {vocab.end: "end", " ": "blank"}
-    after = [next_chances(net, vocab, name[:i]) for i in range(len(chars))]
-    losses = [-math.log(max(chances[char], 1e-300)) for char, chances in zip(chars, after)]
-    lines = [f"{name}: {sum(losses) / len(chars):.4f} nats per character"]
-    for i, (char, chances, loss) in enumerate(zip(chars, after, losses)):
-        step = f"{name[:i]}[{shown.get(char, char)}]"
-        share = f"{chances[char]:6.1%}  {loss / sum(losses):4.0%} of the loss"
+    shown, rows = {vocab.end: "end", " ": "blank"}, []
+    for i, char in enumerate(name + vocab.end):
+        chances = next_chances(net, vocab, name[:i])
         likeliest = ", ".join(f"{shown.get(c, c)} {p:.0%}" for c, p in islice(chances.items(), 5))
-        weakest = " <- weakest" if loss == max(losses) else ""
-        lines.append(f"{step:{len(name) + 6}} {share}  {likeliest}{weakest}")
+        step, loss = f"{name[:i]}[{shown.get(char, char)}]", -math.log(max(chances[char], 1e-300))
+        rows.append((loss, f"{step:{len(name) + 6}} {chances[char]:6.1%}", likeliest))
+    total, worst = sum(loss for loss, *_ in rows), max(rows)[0]
+    lines = [f"{name}: {total / len(rows):.4f} nats per character"]
+    for loss, step, likeliest in rows:
+        weakest = " <- weakest" if loss == worst else ""
+        lines.append(f"{step}  {loss / total:4.0%} of the loss  {likeliest}{weakest}")
     return "\n".join(lines)
 
 
