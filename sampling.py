@@ -319,7 +319,7 @@ def sample_matching(args, net, vocab, known, n):
 
 def print_names(args, net, vocab, known):
     """Draw names and print them -> 1 when there are fewer than were asked for."""
-    n, in_list = args.num_samples, set(known or ())
+    n, in_list = args.num_samples, set() if args.new else set(known or ())  # --new draws none
     names = sample_matching(args, net, vocab, known, n * (POOL if args.best else 1))
     if args.best:
         names = list(dict.fromkeys(names))
