@@ -170,17 +170,21 @@ class Dropout(nn.Module):
 
 
 class CrossEntropyLoss(nn.Module):
-    """Mean of -log softmax(logits)[target], in nats: logits (B, V), targets (B,) -> ()."""
+    """Mean of -log softmax(logits)[target], in nats: logits (B, V), targets (B,) -> ().
+
+    Or of the sum over the classes, each weighted by its probability, for targets (B, V).
+    """
 
     def forward(self, logits, targets):
+        if targets.dim() == 1:
+            targets = torch.zeros_like(logits).scatter_(1, targets.unsqueeze(1), 1.0)
         log_probs = logits.log_softmax(1)
         save_for_backward(self, log_probs, targets)
-        return -log_probs.gather(1, targets.unsqueeze(1)).mean()
+        return -(targets * log_probs).sum(1).mean()
 
-    def backward(self):  # dL/dlogits = (softmax - onehot) / B
+    def backward(self):  # dL/dlogits = (softmax - targets) / B, as each row of targets sums to 1
         log_probs, targets = self.saved
-        grad = log_probs.exp().scatter_(1, targets.unsqueeze(1), -1.0, reduce="add")
-        return grad.div_(len(grad))
+        return (log_probs.exp() - targets).div_(len(targets))
 
 
 # The classes that have the fast way: equal rows computed once, gradients by hand. A layer of your

@@ -28,6 +28,7 @@ from sampling import bounded, refuse_flags, token_losses, usual_temperature
 
 EVAL_WINDOWS = 25_000, 430_000  # at most, of a split: at each validation, and at the end
 SCALES = [percent / 100 for percent in range(30, 136, 5)]  # of the logits, for calibrate()
+MAX_SMOOTHED = 2**24  # probabilities in a table of smooth_targets(): 64 MB
 SOFTWARE = "train.py, names character by character"  # by which our own pictures are known
 STOP_SIGNALS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 cross_entropy = layers.CrossEntropyLoss()
@@ -47,16 +48,18 @@ def split(names):
     return parts
 
 
-def default_hparams(n):
+def default_hparams(n, vocab_size):
     """{flag: value} that suits a list of n training windows; measured in tests/RESULTS.md."""
     dropout = round(min(0.25, 5.7 / n**0.3), 2)
-    table = {  # for at most so many windows: dropout, truncate, steps
-        5_000: (0.4, 0.95, 12_000),
-        25_000: (round(min(0.4, max(0.25, 3000 / n)), 2), 0.8, 20_000),
-        math.inf: (dropout, round(8 * max(0.0, dropout - 0.15), 2), min(200_000, n * 13 // 10)),
+    truncate, steps = round(8 * max(0.0, dropout - 0.15), 2), min(200_000, n * 13 // 10)
+    fits = n * vocab_size <= MAX_SMOOTHED
+    table = {  # for at most so many windows: dropout, truncate, smoothing, steps
+        5_000: (0.4, 0.95, 0.5 * fits, 12_000),
+        25_000: (round(min(0.4, max(0.25, 3000 / n)), 2), 0.8, 0.2 * fits, 20_000),
+        math.inf: (dropout, truncate, 0.0, steps),
     }
     row = next(row for most, row in table.items() if n <= most)
-    return dict(zip(("dropout", "truncate", "steps"), row))
+    return dict(zip(("dropout", "truncate", "smoothing", "steps"), row))
 
 
 def truncate(contexts, share, generator):
@@ -70,8 +73,42 @@ def truncate(contexts, share, generator):
     return contexts * (torch.arange(T, 0, -1) <= kept)  # 0 is padding
 
 
+def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):
+    """(N, V): the targets of N windows as probabilities, a share of them from the other windows.
+
+    It is label smoothing by Kneser-Ney counts, arXiv:2403.17240, each window's own left out, so
+    that what is seen only once is not learned by heart. Raises ValueError where a list is too long.
+    """
+    if (n := len(tokens) * vocab_size) > MAX_SMOOTHED:
+        raise ValueError(f"--smoothing needs {n:,} of {MAX_SMOOTHED:,} probabilities: leave it out")
+    contexts, targets = contexts_and_targets(tokens)
+    onehot = nn.functional.one_hot(targets, vocab_size).float()
+    ids = [torch.zeros_like(targets)]  # the same for windows with the same last k tokens
+    for k in range(min(order - 1, contexts.shape[1])):
+        ids.append((ids[-1] * vocab_size + contexts[:, -1 - k]).unique(return_inverse=True)[1])
+    ids.append(torch.arange(len(targets)))
+    expected = torch.full_like(onehot, 1 / vocab_size)
+    for same, longer in zip(ids, ids[1:]):
+        # An n-gram counts once for each token seen before it; the longest, for each window.
+        grams = longer * vocab_size + targets
+        _, gram, counts = grams.unique(return_inverse=True, return_counts=True)
+        times = counts[gram]
+        followers = torch.zeros(same.max() + 1, vocab_size)
+        followers.index_put_((same, targets), 1 / times, accumulate=True)
+        others = followers[same] - onehot * (times == 1).unsqueeze(1)
+        kept, total = (others - discount).clamp(min=0), others.sum(1, keepdim=True)
+        backed_off = (kept + (total - kept.sum(1, keepdim=True)) * expected) / total
+        expected = torch.where(total > 0.5, backed_off, expected)
+    return onehot.lerp(expected, share)
+
+
 def minibatches(net, tokens, start, args):
-    """Yield the minibatch of each step from `start` on: (rows, targets (B,)), drawn at random."""
+    """Yield the minibatch of each step from `start` on: (rows, targets), drawn at random.
+
+    targets are tokens (B,), or with --smoothing their probabilities (B, vocab_size).
+    """
+    if args.smoothing:
+        smoothed = smooth_targets(tokens, net.config["vocab_size"], args.smoothing)
     # A hundred small ones are drawn at once: the calls take about as long as those for one.
     chunk = max(1, min(100, 2**22 // (args.batch_size * args.block_size)))
     share = slice(rank(), None, world_size())  # each process takes its own windows
@@ -81,8 +118,11 @@ def minibatches(net, tokens, start, args):
         drawn = torch.randint(len(tokens), (chunk, args.batch_size), generator=generator)
         contexts, targets = contexts_and_targets(tokens[drawn])
         contexts = truncate(contexts, args.truncate, generator)[:, share].to(args.device)
+        if args.smoothing:
+            targets = (smoothed[ids] for ids in drawn)
+        targets = (each[share].to(args.device) for each in targets)
         rows = layers.distinct_rows(net, contexts)
-        yield from islice(zip(rows, targets[:, share].to(args.device)), max(0, start - first), None)
+        yield from islice(zip(rows, targets), max(0, start - first), None)
 
 
 # One step
@@ -359,8 +399,8 @@ def check_processes(args, sha256):
 # The command line, and what it does to files
 
 # What makes a training the one it is, and the flags that --resume, or no --out, may have beside it.
-RUN_ARGS = "steps dropout truncate lr batch_size seed threads block_size n_embd n_hidden".split()
-SIZES = RUN_ARGS[-3:]
+SIZES = "block_size n_embd n_hidden".split()
+RUN_ARGS = "steps dropout truncate smoothing lr batch_size seed threads".split() + SIZES
 WITH_RESUME = "resume out data column device checkpoint_every".split()
 WITHOUT_OUT = "resume seed threads device checkpoint_every".split()
 STATE = "step averaged loss_sum best curves pretrained state_dict average layers names args".split()
@@ -395,6 +435,7 @@ def build_parser():
     add("--steps", type=n, metavar="N", help="steps of SGD (what suits the list)")
     add("--dropout", type=dropout, metavar="P", help="share of channels (what suits the list)")
     add("--truncate", type=share, metavar="P", help="share of short contexts (what suits the list)")
+    add("--smoothing", type=share, metavar="P", help="share of n-grams (what suits the list)")
     add("--lr", type=positive, metavar="X", default=0.1, help="learning rate at first (0.1)")
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows per step (96)")
     add("--seed", type=seed, metavar="N", default=1, help="another seed, another network (1)")
@@ -499,7 +540,7 @@ def train_list(args, state, pretrained, out, unfinished):
     names = model.read_names(args.data, args.column, log)
     vocab, parts, sha256 = Vocabulary(names), split(names), model.sha256(names)
     data = {part: windows(some, vocab, args.block_size) for part, some in parts.items()}
-    hparams = default_hparams(len(data["train"]))
+    hparams = default_hparams(len(data["train"]), len(vocab))
     chosen = {name: hparams[name] for name in hparams if getattr(args, name) is None}
     vars(args).update(chosen)
     if world_size() > 1:

@@ -24,17 +24,19 @@ class KneserNey:
     """chance(char, context): an order's counts, discounted, above the order below.
 
     The highest order counts how often a character follows a context, the lower ones after how many
-    different characters the shorter context was seen before it.
+    different characters the shorter context was seen before it. One character, the nth of all
+    names and their ends, can be left out.
     """
 
-    def __init__(self, names, chars, order=6, discount=0.9):
+    def __init__(self, names, chars, order=6, discount=0.9, without=None):
         self.order, self.discount = order, discount
         self.chars = sorted(set(chars) | {END})
         self.counts = [defaultdict(Counter) for _ in range(order)]
-        for name in names:
-            text = END * (order - 1) + name + END
-            for i in range(order - 1, len(text)):
-                self.counts[-1][text[i - order + 1 : i]][text[i]] += 1
+        texts = [END * (order - 1) + name + END for name in names]
+        grams = [text[i : i + order] for text in texts for i in range(len(text) - order + 1)]
+        for n, gram in enumerate(grams):
+            if n != without:
+                self.counts[-1][gram[:-1]][gram[-1]] += 1
         for n in range(order - 2, -1, -1):
             for context, followers in self.counts[n + 1].items():
                 for char in followers:

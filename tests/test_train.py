@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, SMALL, forked
+from kneser_ney import END, KneserNey
 from scipy.optimize import minimize_scalar
 from scipy.stats import chisquare
 from test_model import twin
@@ -33,7 +34,7 @@ VAL = ["Bo", "Edd", "Rod", "Fleo", "Cea"]
 
 def small(**changes):
     defaults = dict(steps=200, batch_size=32, block_size=8, n_embd=10, n_hidden=64, lr=0.1, seed=3)
-    more = dict(dropout=0.0, truncate=0.0, device="cpu", checkpoint_every=10**9)
+    more = dict(dropout=0.0, truncate=0.0, smoothing=0.0, device="cpu", checkpoint_every=10**9)
     return SimpleNamespace(**defaults | more | changes)
 
 
@@ -88,26 +89,55 @@ def test_truncate_keeps_the_last_2_to_8_tokens_of_a_share():
     assert chisquare(found, [4_000] * 7 + [12_000]).pvalue > 0.01
 
 
+def test_smoothing_is_kneser_ney_of_all_windows_but_each_ones_own():
+    names = ["anna", "ann", "hanna", "joanna", "nan", "banana", "ana", "bea", "beanna"]
+    vocab, text, expected = Vocabulary(names), "".join(name + END for name in names), []
+    for i in range(len(text)):
+        counts, before = KneserNey(names, text, without=i), text[:i].rpartition(END)[2]
+        expected.append([counts.chance(char, before) for char in [END, *vocab.chars[1:]]])
+    tokens = windows(names, vocab, 8)
+    onehot = F.one_hot(tokens[:, -1].long(), len(vocab))
+    for share in 0.0, 0.3, 1.0:
+        smoothed = train.smooth_targets(tokens, len(vocab), share)
+        assert_close(smoothed, (1 - share) * onehot + share * torch.tensor(expected))
+
+
+def test_smoothing_is_refused_where_its_table_would_be_too_large():
+    tokens = TOKENS[:1].expand(2**20, -1)
+    with pytest.raises(ValueError, match="leave it out"):
+        train.smooth_targets(tokens, 17, 0.3)
+    assert train.default_hparams(4_000, 550)["smoothing"] == 0.5
+    assert train.default_hparams(24_000, 1_000)["smoothing"] == 0
+
+
 def drawn(args):
     """All minibatches of a training, as contexts and targets: a twin has no fast way."""
-    return list(train.minibatches(twin(len(VOCAB), 8, 1, 1), TOKENS, 0, args))
+    net = twin(len(VOCAB), 8, 1, 1)
+    net.config = {"vocab_size": len(VOCAB)}
+    return list(train.minibatches(net, TOKENS, 0, args))
 
 
-def test_dropout_changes_dropout_alone_and_truncate_the_contexts_alone(tiny, tmp_path):
-    every = small(), small(dropout=0.3), small(truncate=0.5)
-    (contexts, targets), dropping, cutting = (map(torch.cat, zip(*drawn(each))) for each in every)
+def test_dropout_truncate_and_smoothing_change_nothing_else(tiny, tmp_path):
+    every = small(), small(dropout=0.3), small(truncate=0.5), small(smoothing=0.5)
+    pairs = (map(torch.cat, zip(*drawn(each))) for each in every)
+    (contexts, targets), dropping, cutting, (same_contexts, smoothed) = pairs
     assert_close([contexts, targets], list(dropping), rtol=0, atol=0)
     assert not torch.equal(targets[:3200], targets[3200:])  # a hundred steps are drawn at once
     shorter, same_targets = cutting
     assert torch.equal(targets, same_targets) and not torch.equal(contexts, shorter)
-    assert [[m.p for m in network(args) if hasattr(m, "p")] for args in every] == [
-        [],
-        [0.3] * 3,
-        [],
-    ]
+    assert torch.equal(contexts, same_contexts)
+    table = train.smooth_targets(TOKENS, len(VOCAB), 0.5)
+    row = {
+        tuple(each): i
+        for i, each in enumerate(torch.column_stack(contexts_and_targets(TOKENS)).tolist())
+    }
+    chosen = [row[tuple(each)] for each in torch.column_stack((contexts, targets)).tolist()]
+    assert_close(smoothed, table[chosen], rtol=0, atol=0)
+    dropped = [[m.p for m in network(args) if hasattr(m, "p")] for args in every]
+    assert dropped == [[], [0.3] * 3, [], []]
     for one, *others in zip(*(network(args).parameters() for args in every), strict=True):
         assert all(torch.equal(one, other) for other in others)
-    for flag, value in ("dropout", 0.3), ("truncate", 0.2):
+    for flag, value in ("dropout", 0.3), ("truncate", 0.2), ("smoothing", 0.1):
         args = ["--data", tiny / "names.txt", "--out", tmp_path / "own.pth", *SMALL]
         assert forked(train.main, *args, f"--{flag}", value).returncode == 0
         one, other = load(tiny / "model.pth")[2], load(tmp_path / "own.pth")[2]

@@ -1,4 +1,4 @@
-"""What averaging, calibration and truncation each buy: the README's table, and its exercises.
+"""What averaging, calibration, truncation and smoothing each buy: the README's table, and its exercises.
 
 python tests/what_each_buys.py FOLDER LIST ...     three seeds per list, with one thing left out
 """
@@ -20,6 +20,7 @@ LEFT_OUT = {
     "averaging": ([], patch.object(train, "update_average", lambda a, net, n: averaged(a, net, 0))),
     "calibration": ([], patch.object(train, "SCALES", [1.0])),
     "truncation": (["--truncate", "0"], None),
+    "smoothing": (["--smoothing", "0"], None),
 }
 
 
