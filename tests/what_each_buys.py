@@ -1,4 +1,4 @@
-"""What averaging, calibration, truncation and smoothing each buy: the README's table, and its exercises.
+"""What averaging, calibration, truncation and smoothing buy: the README's table, its exercises.
 
 python tests/what_each_buys.py FOLDER LIST ...     three seeds per list, with one thing left out
 """
