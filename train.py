@@ -80,7 +80,7 @@ def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):
     that what is seen only once is not learned by heart. Raises ValueError where a list is too long.
     """
     if (n := len(tokens) * vocab_size) > MAX_SMOOTHED:
-        raise ValueError(f"--smoothing needs {n:,} of {MAX_SMOOTHED:,} probabilities: leave it out")
+        raise ValueError(f"--smoothing would take {n:,} probabilities, too many: leave it out")
     contexts, targets = contexts_and_targets(tokens)
     onehot = nn.functional.one_hot(targets, vocab_size).float()
     ids = [torch.zeros_like(targets)]  # the same for windows with the same last k tokens
