@@ -435,7 +435,7 @@ def build_parser():
     add("--steps", type=n, metavar="N", help="steps of SGD (what suits the list)")
     add("--dropout", type=dropout, metavar="P", help="share of channels (what suits the list)")
     add("--truncate", type=share, metavar="P", help="share of short contexts (what suits the list)")
-    add("--smoothing", type=share, metavar="P", help="share of n-grams (what suits the list)")
+    add("--smoothing", type=share, metavar="P", help="targets from n-grams (what suits the list)")
     add("--lr", type=positive, metavar="X", default=0.1, help="learning rate at first (0.1)")
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows per step (96)")
     add("--seed", type=seed, metavar="N", default=1, help="another seed, another network (1)")
