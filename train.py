@@ -98,6 +98,7 @@ def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):
         others = followers[same] - onehot * (times == 1).unsqueeze(1)
         kept, total = (others - discount).clamp(min=0), others.sum(1, keepdim=True)
         backed_off = (kept + (total - kept.sum(1, keepdim=True)) * expected) / total
+        # Where no other window has the context, total is 0 but for rounding.
         expected = torch.where(total > 0.5, backed_off, expected)
     return onehot.lerp(expected, share)
 
