@@ -172,7 +172,7 @@ class Dropout(nn.Module):
 class CrossEntropyLoss(nn.Module):
     """Mean of -log softmax(logits)[target], in nats: logits (B, V), targets (B,) -> ().
 
-    Or of the sum over the classes, each weighted by its probability, for targets (B, V).
+    If targets are probabilities (B, V), they weight a sum of this over the classes.
     """
 
     def forward(self, logits, targets):

@@ -28,7 +28,7 @@ from sampling import bounded, refuse_flags, token_losses, usual_temperature
 
 EVAL_WINDOWS = 25_000, 430_000  # at most, of a split: at each validation, and at the end
 SCALES = [percent / 100 for percent in range(30, 136, 5)]  # of the logits, for calibrate()
-MAX_SMOOTHED = 2**24  # probabilities in a table of smooth_targets(): 64 MB
+MAX_SMOOTHED = 2**24  # probabilities in a table of smooth_targets(): 64 MB, 600 while it is made
 SOFTWARE = "train.py, names character by character"  # by which our own pictures are known
 STOP_SIGNALS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 cross_entropy = layers.CrossEntropyLoss()
@@ -76,20 +76,20 @@ def truncate(contexts, share, generator):
 def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):
     """(N, V): the targets of N windows as probabilities, a share of them from the other windows.
 
-    It is label smoothing by Kneser-Ney counts, arXiv:2403.17240, each window's own left out, so
-    that what is seen only once is not learned by heart. Raises ValueError where a list is too long.
+    It is label smoothing by Kneser-Ney counts, arXiv:2403.17240, without the window's own, so that
+    what is seen only once is not learned by heart. Raises ValueError where N * V is too large.
     """
     if (n := len(tokens) * vocab_size) > MAX_SMOOTHED:
         raise ValueError(f"--smoothing would take {n:,} probabilities, too many: leave it out")
     contexts, targets = contexts_and_targets(tokens)
     onehot = nn.functional.one_hot(targets, vocab_size).float()
-    ids = [torch.zeros_like(targets)]  # the same for windows with the same last k tokens
+    ids = [torch.zeros_like(targets)]  # ids[k]: equal where the last k tokens are equal
     for k in range(min(order - 1, contexts.shape[1])):
         ids.append((ids[-1] * vocab_size + contexts[:, -1 - k]).unique(return_inverse=True)[1])
     ids.append(torch.arange(len(targets)))
     expected = torch.full_like(onehot, 1 / vocab_size)
     for same, longer in zip(ids, ids[1:]):
-        # An n-gram counts once for each token seen before it; the longest, for each window.
+        # An n-gram counts once per distinct token before it; the longest, once per window.
         grams = longer * vocab_size + targets
         _, gram, counts = grams.unique(return_inverse=True, return_counts=True)
         times = counts[gram]
@@ -436,7 +436,7 @@ def build_parser():
     add("--steps", type=n, metavar="N", help="steps of SGD (what suits the list)")
     add("--dropout", type=dropout, metavar="P", help="share of channels (what suits the list)")
     add("--truncate", type=share, metavar="P", help="share of short contexts (what suits the list)")
-    add("--smoothing", type=share, metavar="P", help="targets from n-grams (what suits the list)")
+    add("--smoothing", type=share, metavar="P", help="share from n-grams (what suits the list)")
     add("--lr", type=positive, metavar="X", default=0.1, help="learning rate at first (0.1)")
     add("--batch-size", type=batch_size, metavar="N", default=96, help="windows per step (96)")
     add("--seed", type=seed, metavar="N", default=1, help="another seed, another network (1)")
