@@ -109,7 +109,7 @@ def minibatches(net, tokens, start, args):
     targets are tokens (B,), or with --smoothing their probabilities (B, vocab_size).
     """
     if args.smoothing:
-        smoothed = smooth_targets(tokens, net.config["vocab_size"], args.smoothing)
+        smoothed = smooth_targets(tokens, net.config["vocab_size"], args.smoothing).to(args.device)
     # A hundred small ones are drawn at once: the calls take about as long as those for one.
     chunk = max(1, min(100, 2**22 // (args.batch_size * args.block_size)))
     share = slice(rank(), None, world_size())  # each process takes its own windows
@@ -119,9 +119,9 @@ def minibatches(net, tokens, start, args):
         drawn = torch.randint(len(tokens), (chunk, args.batch_size), generator=generator)
         contexts, targets = contexts_and_targets(tokens[drawn])
         contexts = truncate(contexts, args.truncate, generator)[:, share].to(args.device)
+        targets = targets[:, share].to(args.device)
         if args.smoothing:
-            targets = (smoothed[ids] for ids in drawn)
-        targets = (each[share].to(args.device) for each in targets)
+            targets = (smoothed[ids] for ids in drawn[:, share])
         rows = layers.distinct_rows(net, contexts)
         yield from islice(zip(rows, targets), max(0, start - first), None)
 
