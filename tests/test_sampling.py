@@ -3,7 +3,6 @@
 import math
 import re
 from collections import Counter
-from statistics import median
 
 import pytest
 import torch
@@ -124,7 +123,8 @@ def test_flags(tiny):
     best, (net, vocab, _) = names("--best", "--seed", 1, "-n", 9), sampling.load(tiny / "model.pth")
     losses = sampling.score(net, vocab, best)
     assert losses == sorted(losses) and len(set(best)) == 9
-    assert losses[-1] < median(sampling.score(net, vocab, names("--seed", 2, "-n", 9)))
+    others = {*names("--seed", 1, "-n", 180)} - {*best}  # of 20 times as many draws
+    assert len(others) > 100 and losses[-1] <= min(sampling.score(net, vocab, [*others]))
 
 
 @pytest.mark.parametrize(
