@@ -1,25 +1,13 @@
-"""The arithmetic: each layer forward and backward, and the distinct rows of a minibatch.
+"""The arithmetic: each layer, and the loss, forward and backward.
 
 Layers are named, called and parametrised as in torch.nn. backward(grad_out) is the gradient by
 hand: from grad_out = dL/dy of the last forward(), in training mode and without autograd, it sets
-.grad of the layer's parameters and returns dL/dx.
+.grad of the layer's parameters and returns dL/dx (Embedding's returns None: tokens have no
+gradient). What backward() needs, forward() leaves in self.saved: see the end of this file.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import nn
-
-
-def save_for_backward(layer, *tensors):
-    """Keep in `layer` what its backward() needs: nothing under autograd or in eval mode."""
-    needed = layer.training and not torch.is_grad_enabled()
-    layer.__dict__["saved"] = tensors if needed else None  # nn.Module's own setattr is slower
-
-
-def index_select_backward(grad_out, index, n):
-    """From grad_out = dL/dx[index], (R, C), dL/dx (n, C): the sum over the uses of each row."""
-    return grad_out.new_zeros(n, grad_out.shape[1]).index_add_(0, index, grad_out)
 
 
 class Embedding(nn.Module):
@@ -34,8 +22,9 @@ class Embedding(nn.Module):
         return self.weight.index_select(0, tokens.reshape(-1)).view(*tokens.shape, -1)
 
     def backward(self, grad_out):  # a token picks its row of the weight, wherever it stands
-        rows, tokens = grad_out.reshape(-1, self.weight.shape[1]), self.saved[0].reshape(-1)
-        self.weight.grad = index_select_backward(rows, tokens, len(self.weight))
+        (tokens,) = self.saved
+        rows = grad_out.reshape(-1, self.weight.shape[1])
+        self.weight.grad = torch.zeros_like(self.weight).index_add_(0, tokens.reshape(-1), rows)
 
 
 class FlattenConsecutive(nn.Module):
@@ -87,8 +76,9 @@ class BatchNorm1d(nn.Module):
     """Each channel to mean 0 and variance 1, scaled and shifted: (B, ..., C) -> the same shape;
     arXiv:1502.03167. Running statistics move by `momentum` (None: to the mean of all batches).
 
-    Of (B, C), `weights` (B,) are the shares of n rows that each row stands for, so that equal ones
-    are computed once. Raises ValueError for another C, and in training for n < 2.
+    Of (B, C), each row may stand for several equal ones: `weights` (B,) are their shares of all n.
+    Of the pairs of "..an" and "..en", "..", "an" and "en" are computed once, with 2/4, 1/4 and 1/4.
+    Raises ValueError for another C, and in training for n < 2.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1):
@@ -104,8 +94,8 @@ class BatchNorm1d(nn.Module):
         if x.shape[-1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got {tuple(x.shape)}")
         if not self.training:
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            return torch.addcmul(self.bias - self.running_mean * scale, x, scale)
+            scale, shift = self.scale_and_shift()
+            return torch.addcmul(shift, x, scale)  # x * scale + shift
         rows = x.reshape(-1, self.num_features)
         if weights is None:
             n, weights = len(rows), x.new_full((len(rows),), 1 / len(rows))
@@ -122,7 +112,7 @@ class BatchNorm1d(nn.Module):
         self.running_mean.lerp_(mean.detach(), m)
         # The biased variance normalises; the unbiased one estimates that of unseen data.
         self.running_var.lerp_(var.detach() * (n / (n - 1)), m)
-        return torch.addcmul(self.bias, x_hat, self.weight).view(x.shape)
+        return torch.addcmul(self.bias, x_hat, self.weight).view(x.shape)  # x_hat * weight + bias
 
     def backward(self, grad_out):
         # x[r] moves y[r] directly, and every y through mean and var, in which row r has weight
@@ -131,9 +121,15 @@ class BatchNorm1d(nn.Module):
         x_hat, rstd, weights = self.saved
         rows = grad_out.reshape(x_hat.shape)
         self.bias.grad, self.weight.grad = rows.sum(0), (rows * x_hat).sum(0)
+        # addcmul(a, b, c, value=v) is a + v * b * c in one pass over memory.
         through_all = torch.addcmul(self.bias.grad, x_hat, self.weight.grad)
-        direct = torch.addcmul(rows, through_all, weights.unsqueeze(1), value=-1)
-        return (direct * (self.weight * rstd)).view(grad_out.shape)
+        every_way = torch.addcmul(rows, through_all, weights.unsqueeze(1), value=-1)
+        return (every_way * (self.weight * rstd)).view(grad_out.shape)
+
+    def scale_and_shift(self):
+        """(scale, shift), each (C,): in eval mode this layer is x * scale + shift."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
 
 
 class Tanh(nn.Module):
@@ -144,14 +140,15 @@ class Tanh(nn.Module):
         save_for_backward(self, y)
         return y
 
-    def backward(self, grad_out):  # tanh' = 1 - tanh^2
+    def backward(self, grad_out):  # tanh' = 1 - tanh^2, so this is grad_out * (1 - y * y)
         (y,) = self.saved
         return torch.addcmul(grad_out, grad_out * y, y, value=-1)
 
 
 class Dropout(nn.Module):
     """In training, each channel of a batch is 0 with probability p, else / (1 - p): a thinner
-    network for each step, arXiv:1207.0580. torch.nn draws for each value.
+    network for each step, arXiv:1207.0580. torch.nn draws for each value; here equal rows stay
+    equal, and are computed once.
     """
 
     def __init__(self, p=0.5):
@@ -187,78 +184,6 @@ class CrossEntropyLoss(nn.Module):
         return (log_probs.exp() - targets).div_(len(targets))
 
 
-# The classes that have the fast way: equal rows computed once, gradients by hand. A layer of your
-# own with backward(), that treats each row alone, joins here. Other networks run as net(contexts).
-FAST = Embedding, FlattenConsecutive, Linear, BatchNorm1d, Tanh, Dropout
-
-
-def has_fast_way(net):
-    """Whether `net` is a plain stack of such layers, in which pairs follow the embedding."""
-    stack = type(net).forward is nn.Sequential.forward and type(net[1]) is FlattenConsecutive
-    return stack and all(type(layer) in FAST and getattr(layer, "n", 2) == 2 for layer in net)
-
-
-class Level(NamedTuple):
-    """The R distinct pairs of a level: pair r joins the rows children[2r : 2r + 2] below."""
-
-    children: torch.Tensor  # (2R,) int64
-    weights: torch.Tensor  # (R,): the share of the level's n pairs that each stands for
-    n: int
-
-
-def distinct_rows(net, contexts):
-    r"""K minibatches (K, B, T) int64 -> for each its Levels, and row_ids (B,) into the last level.
-
-    Without the fast way, for each its contexts. Most of a window is padding, and many names begin
-    alike, so few pairs are distinct. "..an" and "..en", with the tokens . a e n as rows 0 1 2 3:
-
-        pairs    ..   an   en     children 0 0  1 3  2 3    weights 2/4 1/4 1/4    n 4
-        fours    ..an   ..en      children 0 1  0 2         weights 1/2 1/2        n 2
-    """
-    if not has_fast_way(net):
-        return list(contexts)
-    K = len(contexts)
-    minibatch = torch.arange(K, device=contexts.device).view(K, 1, 1)
-    row_ids, levels, m = contexts, [], len(net[0].weight)  # row_ids are below m
-    while row_ids.shape[2] > 1:
-        # (minibatch, left, right) as one number in base m, so that unique() sorts by minibatch.
-        pairs = (minibatch * m + row_ids[..., 0::2]) * m + row_ids[..., 1::2]
-        n = pairs[0].numel()
-        pairs, row_ids, counts = torch.unique(pairs, return_inverse=True, return_counts=True)
-        sizes = torch.bincount(pairs // m**2, minlength=K)
-        row_ids = row_ids - (sizes.cumsum(0) - sizes).view(K, 1, 1)  # from 0 in each minibatch
-        children, sizes = torch.stack((pairs // m % m, pairs % m), 1), sizes.tolist()
-        parts = zip(children.split(sizes), (counts / n).split(sizes))
-        levels.append([Level(rows.flatten(), weights, n) for rows, weights in parts])
-        m = max(sizes)
-    return list(zip(zip(*levels), row_ids.squeeze(2)))
-
-
-def forward(net, rows):
-    """The logits (B, V) of a minibatch of distinct_rows(): those of net(contexts)."""
-    if torch.is_tensor(rows):
-        return net(rows)
-    levels, row_ids = rows
-    x, coming = torch.arange(len(net[0].weight), device=row_ids.device), iter(levels)
-    for layer in net:
-        if isinstance(layer, FlattenConsecutive):
-            level = next(coming)
-            x = layer(x.index_select(0, level.children).view(-1, 2, x.shape[1]))
-        else:
-            x = layer(x, level.weights, level.n) if isinstance(layer, BatchNorm1d) else layer(x)
-    return x.index_select(0, row_ids)
-
-
-def backward(net, rows, logits, grad_out):
-    """From grad_out = dL/dlogits (B, V) of the last forward(), set .grad of every parameter."""
-    if torch.is_tensor(rows):
-        net.zero_grad()
-        return logits.backward(grad_out)
-    levels, row_ids = rows
-    grad_out = index_select_backward(grad_out, row_ids, len(levels[-1].weights))
-    for layer in reversed(net):
-        grad_out = layer.backward(grad_out)
-        if isinstance(layer, FlattenConsecutive):
-            *levels, level = levels
-            n_below = len(levels[-1].weights) if levels else len(net[0].weight)
-            grad_out = index_select_backward(grad_out.flatten(0, 1), level.children, n_below)
+def save_for_backward(layer, *tensors):
+    """Keep in `layer` what its backward() needs: nothing under autograd or in eval mode."""
+    layer.saved = tensors if layer.training and not torch.is_grad_enabled() else None

@@ -1,29 +1,24 @@
 """Print new names, drawn character by character from a trained network."""
 
-import argparse
-import base64
 import bisect
-import gzip
-import json
 import math
 import os
-import re
-import sys
 import time
-import warnings
-from contextlib import suppress
 from functools import partial
 from itertools import islice
 
 import torch
 
-import layers
-import model
-from model import contexts_and_targets, load, normalize, windows
+from model import load, token_losses, windows
+from plumbing import cli, fast, lists
+from plumbing.cli import MODEL, NAMES, bounded, log, refuse_flags
+from plumbing.files import check_output
+from plumbing.filters import fitting, read_known
+from plumbing.lists import normalize
+from plumbing.page import write_page
+from plumbing.recipe import usual_temperature
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-NAMES, MODEL = os.path.join(HERE, "names.txt"), os.path.join(HERE, "model_state.pth")
-BATCH = 20_000  # names drawn at once
+BATCH = 20_000  # names drawn at once; 8,192 would take a tenth more time, 40,000 twice the memory
 MAX_LENGTH = 1000  # characters of a name; a network that never ends one would go on for ever
 MAX_MISSES = 10**6  # draws in a row that find nothing, after which it gives up
 PAUSE = 2  # seconds until it says how many were found
@@ -49,8 +44,7 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MA
     alive = torch.arange(n)  # the names that have not come to their end
     longest = T + max_length * (2 if vocab.mark else 1)
     while len(alive) and tokens.shape[1] <= longest:
-        (rows,) = layers.distinct_rows(net, tokens[None, alive, -T:].to(device))
-        logits = layers.forward(net.eval(), rows).double().cpu()
+        logits = fast.logits(net.eval(), tokens[alive, -T:].to(device)).double().cpu()
         if not logits.isfinite().all():
             raise ValueError(NOT_FINITE)
         if tokens.shape[1] == T:
@@ -66,22 +60,6 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MA
     tokens[alive] = 0
     names = vocab.decode(tokens[:, T:].flatten().tolist()).split(vocab.end)
     return [name for name in names if 0 < len(name) <= max_length]
-
-
-@torch.no_grad()
-def token_losses(net, tokens, scales=(1.0,)):
-    """The loss of each of N windows (N, T + 1), in nats, in eval mode: (N, S).
-
-    Each of S scales multiplies what the network adds to its head's bias.
-    """
-    bias, losses = getattr(net.eval()[-1], "bias", None), []
-    bias = 0.0 if bias is None else bias
-    for part in tokens.split(min(8192, 2**25 // net.config["vocab_size"])):
-        contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
-        logits = layers.forward(net, layers.distinct_rows(net, contexts[None])[0])
-        log_probs = [(bias + scale * (logits - bias)).log_softmax(1) for scale in scales]
-        losses.append(torch.cat([-each.gather(1, targets.unsqueeze(1)) for each in log_probs], 1))
-    return torch.cat(losses).cpu()
 
 
 def score(net, vocab, names):
@@ -115,88 +93,13 @@ def next_chances(net, vocab, text=""):
     return dict(sorted(chances.items(), key=lambda item: -item[1]))
 
 
-def usual_temperature(truncate):
-    """0.7 where contexts were truncated, as a short list teaches too little for 1."""
-    return 0.7 if truncate else 1.0
-
-
-# What both command lines share
-
-
-def log(message):
-    """One line on stderr, what is not printable escaped, whether anybody listens or not."""
-    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-    with suppress(OSError):
-        print(shown, file=sys.stderr or open(os.devnull, "w"), flush=True)
-
-
-def bounded(kind, low, high, text):
-    """An argparse type, with partial(): a number of `kind` from low to high."""
-    with suppress(ValueError):
-        if low <= (value := kind(text)) <= high:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high}")
-
-
-def run_cli(function):
-    """Exit with the status of function(); what a user can mend is one line on stderr, status 2."""
-    warnings.simplefilter("ignore")  # from libraries: users could do nothing about them
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed before the start
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-        encoding = None if sys.stdout.isatty() else "utf-8"
-        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
-    message = None
-    try:
-        status = function()
-        sys.stdout.flush()
-    except (KeyboardInterrupt, OSError) as error:
-        if sys.stdout is sys.__stdout__:  # not a notebook's; nothing more is flushed at the end
-            sys.stdout = open(os.devnull, "w")
-        status = {KeyboardInterrupt: 130, BrokenPipeError: 141}.get(type(error), 2)
-        if status == 2:
-            what = error.filename or "standard output"
-            message = f"{what} cannot be used: {error.strerror or error}"
-    except (ValueError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
-        memory = "there is not enough memory: close other programs, or choose smaller sizes"
-        status, message = 2, error if isinstance(error, ValueError) else memory
-    if message:
-        log(f"{os.path.basename(sys.argv[0])}: error: {message}")
-    if status:
-        sys.exit(status)
-
-
-# Flags that were given, and those that they exclude
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}: see --help")
-
-
-def parse(parser, argv):
-    """(all flags, {name: value} of those that were given)."""
-    args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # its values win over the defaults
-    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
-    refuse_flags([name for name in given if given[name] == ""], ["start", "match"], "is empty")
-    return args, given
-
-
-def refuse_flags(given, allowed, why):
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"--{name.replace('_', '-')} {why}")
-
-
-# The command line of this one
+# The command line
 
 MODES = {"score": ["best", "num_samples"], "explain": [], "page": ["new", "data", "column"]}
 
 
 def build_parser():
-    parser = Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     count, length = partial(bounded, int, 1, 10**9), partial(bounded, int, 1, MAX_LENGTH)
     seed, threads = partial(bounded, int, 0, 2**32 - 1), partial(bounded, int, 1, 1024)
     add = parser.add_argument_group("which names").add_argument
@@ -225,7 +128,7 @@ def build_parser():
 
 
 def main(argv=None):
-    run_cli(lambda: run(*parse(build_parser(), argv)))
+    cli.run_cli(lambda: run(*cli.parse(build_parser(), argv)))
 
 
 def run(args, given):
@@ -233,7 +136,8 @@ def run(args, given):
     torch.set_num_threads(args.threads)
     for mode, allowed in MODES.items():
         if mode in given:
-            refuse_flags(given, ["model", "threads", mode, *allowed], f"cannot go with --{mode}")
+            others = given.keys() - {mode, "model", "threads", *allowed}
+            refuse_flags(others, f"cannot go with --{mode}")
     args.new |= args.min_edits is not None
     if args.score is not None and not args.best and "num_samples" in given:
         raise ValueError("-n goes with --score only beside --best")
@@ -245,30 +149,11 @@ def run(args, given):
         return print("\n".join(explained))
     known = read_known(args, metadata)
     if args.page:
-        model.check_output(args.page, [args.model, args.data or NAMES])
         title = os.path.basename(args.data or (NAMES if known else args.model))
         temperature = usual_temperature(metadata.get("truncate"))
+        check_output(args.page, [args.model, args.data or NAMES])
         return write_page(args.page, net, vocab, title, args.new and known, temperature)
     return print_names(args, net, vocab, known)
-
-
-def read_known(args, metadata):
-    """The names that the network was trained on, None where they are not at hand."""
-    if args.data is None and args.column is not None:
-        raise ValueError("--column is that of a list: add --data LIST")
-    try:
-        names = model.read_names(args.data or NAMES, args.column)
-    except (OSError, ValueError):
-        if args.new or args.data:
-            raise
-        return None
-    if model.sha256(names) == metadata.get("names"):
-        return names
-    if args.data is None and args.new:
-        raise ValueError(f"{args.model} was not trained on names.txt: add --data LIST, its list")
-    if args.data:
-        log(f"{args.data} is not the list that {args.model} was trained on")
-    return names if args.new else None
 
 
 def sample_matching(args, net, vocab, known, n):
@@ -276,22 +161,12 @@ def sample_matching(args, net, vocab, known, n):
 
     It ends, and says so on stderr, after MAX_MISSES draws in a row that find nothing.
     """
-    start = normalize(f"{args.start}|")[:-1]  # blanks at its end count
-    if max(len(start), args.min_length) > args.max_length:
-        raise ValueError(f"--start or --min-length is longer than --max-length {args.max_length}")
     if args.temperature == 0:
         raise ValueError("--temperature 0 is always the likeliest character: that is --top-k 1")
-    try:
-        pattern = re.compile(args.match)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"--match {args.match!r} is not a regular expression: {error}")
-    if args.min_edits:
-        from rapidfuzz import distance, process  # not before it is needed
-
-        close = partial(process.extractOne, scorer=distance.Levenshtein.distance)
+    start = normalize(f"{args.start}|")[:-1]  # blanks at its end count
+    fits, refused = fitting(args, start, known), set(known if args.new else ())
     torch.manual_seed(torch.seed() if args.seed is None else args.seed)
-    batch, refused = min(BATCH, 2**22 // len(vocab)), set(known if args.new else ())
-    begin, pause = time.monotonic(), PAUSE
+    batch, begin, pause = min(BATCH, 2**22 // len(vocab)), time.monotonic(), PAUSE
     drawn = found = last = 0  # last: how many were drawn up to the last find
     while found < n and drawn - last < MAX_MISSES:
         # As many as should be needed, going by the share of those drawn that fitted.
@@ -301,15 +176,11 @@ def sample_matching(args, net, vocab, known, n):
             raise ValueError(f"{args.model}: none of {size:,} names ended within {MAX_LENGTH:,}")
         drawn += size
         for name in map(normalize, names):
-            fits = args.min_length <= len(name) <= args.max_length and name.startswith(start)
-            if found == n or name in refused or not (fits and pattern.search(name)):
-                continue
-            if args.min_edits and close(name, known, score_cutoff=args.min_edits - 1):
-                continue
-            if args.new:
-                refused.add(name)
-            found, last = found + 1, drawn
-            yield name
+            if found < n and name not in refused and fits(name):
+                found, last = found + 1, drawn
+                if args.new:
+                    refused.add(name)
+                yield name
         if time.monotonic() - begin > pause:
             log(f"{found:,} of {n:,} names found among {drawn:,} drawn")
             pause *= 2
@@ -337,7 +208,7 @@ def print_names(args, net, vocab, known):
 
 def print_scores(args, net, vocab, metadata):
     """For each line of a file its loss, the percentage that fits worse, and the line itself."""
-    lines, quantiles = model.read_lines(args.score), metadata.get("quantiles")
+    lines, quantiles = lists.read_lines(args.score), metadata.get("quantiles")
     unknown, rows = 0, set()
     while part := list(islice(lines, 10_000)):
         losses = score(net, vocab, [normalize(line) for line in part])
@@ -372,56 +243,6 @@ def explain(net, vocab, name):
         weakest = " <- weakest" if loss == worst else ""
         lines.append(f"{step}  {loss / total:4.0%} of the loss  {likeliest}{weakest}")
     return "\n".join(lines)
-
-
-# A page that draws names
-
-
-def packed(tensor):
-    """A vector as base64 of float32; a matrix as int8 with one float32 scale per row."""
-    if tensor.dim() == 1:
-        return base64.b64encode(tensor.numpy().tobytes()).decode()
-    scale = tensor.abs().amax(1).clamp(min=1e-30) / 127
-    values = base64.b64encode((tensor / scale.unsqueeze(1)).round().char().numpy().tobytes())
-    sizes = {"rows": len(tensor), "columns": tensor.shape[1]}
-    return sizes | {"scale": packed(scale), "values": values.decode()}
-
-
-@torch.no_grad()
-def page_layers(net):
-    """The layers in eval mode as plain values, each BatchNorm1d folded into the Linear before."""
-    stack = []
-    for layer in net:
-        entry = {"class": type(layer).__name__, "n": getattr(layer, "n", None)}
-        entry |= {"bias": None} | dict(layer.named_parameters())
-        if isinstance(layer, layers.BatchNorm1d):
-            scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
-            entry |= {"weight": scale, "bias": layer.bias - layer.running_mean * scale}
-            if stack[-1]["class"] == "Linear":
-                linear = stack.pop()
-                bias = 0.0 if linear["bias"] is None else linear["bias"]
-                linear["weight"] = linear["weight"] * scale.unsqueeze(1)
-                entry = linear | {"bias": entry["bias"] + scale * bias}
-        stack += [entry] * (entry["class"] != "Dropout")
-    return [{k: packed(v) if torch.is_tensor(v) else v for k, v in e.items()} for e in stack]
-
-
-def write_page(path, net, vocab, title, names, temperature=1.0):
-    """Fill sampling.html with the network, and with the list where only new names are wanted."""
-    known = [layers.Embedding, layers.FlattenConsecutive, layers.Linear]
-    known += [layers.BatchNorm1d, layers.Tanh, layers.Dropout]
-    stacked = type(net).forward is torch.nn.Sequential.forward
-    if not stacked or any(type(layer) not in known for layer in net):
-        raise ValueError("--page knows only the layers of layers.py, and this network has others")
-    with open(os.path.join(HERE, "sampling.html"), encoding="utf-8") as file:
-        page = file.read()
-    network = {"config": net.config, "chars": list(vocab.chars), "mark": vocab.mark or -1}
-    network |= {"title": title, "temperature": temperature, "layers": page_layers(net)}
-    network["names"] = names and base64.b64encode(gzip.compress("\n".join(names).encode())).decode()
-    if names:
-        log(f"the page holds the list of {len(names):,} names: mind who may see it")
-    filled = json.dumps(network).replace("<", "\\u003c")  # no text in it ends the script
-    model.atomic_write(path, page.replace('id="network">null<', f'id="network">{filled}<').encode())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Fills page.html with a network, as plain values that JavaScript reads."""
+
+import base64
+import gzip
+import json
+import os
+
+import torch
+
+import layers
+from plumbing.cli import log
+from plumbing.fast import is_stack_of
+from plumbing.files import atomic_write
+
+LAYERS = (
+    layers.Embedding,
+    layers.FlattenConsecutive,
+    layers.Linear,
+    layers.BatchNorm1d,
+    layers.Tanh,
+    layers.Dropout,
+)
+TEMPLATE = os.path.join(os.path.dirname(__file__), "page.html")
+
+
+def packed(tensor):
+    """A vector as base64 of float32; a matrix as int8 with one float32 scale per row."""
+    if tensor.dim() == 1:
+        return base64.b64encode(tensor.numpy().tobytes()).decode()
+    scale = tensor.abs().amax(1).clamp(min=1e-30) / 127
+    values = base64.b64encode((tensor / scale.unsqueeze(1)).round().char().numpy().tobytes())
+    sizes = {"rows": len(tensor), "columns": tensor.shape[1]}
+    return sizes | {"scale": packed(scale), "values": values.decode()}
+
+
+@torch.no_grad()
+def page_layers(net):
+    """The layers in eval mode as plain values, each BatchNorm1d folded into the Linear before."""
+    stack = []
+    for layer in net:
+        entry = {"class": type(layer).__name__, "n": getattr(layer, "n", None)}
+        entry |= {"bias": None} | dict(layer.named_parameters())
+        if isinstance(layer, layers.BatchNorm1d):
+            scale, shift = layer.scale_and_shift()
+            entry |= {"weight": scale, "bias": shift}
+            if stack[-1]["class"] == "Linear":
+                linear = stack.pop()
+                bias = 0.0 if linear["bias"] is None else linear["bias"]
+                linear["weight"] = linear["weight"] * scale.unsqueeze(1)
+                entry = linear | {"bias": entry["bias"] + scale * bias}
+        stack += [entry] * (entry["class"] != "Dropout")
+    return [{k: packed(v) if torch.is_tensor(v) else v for k, v in e.items()} for e in stack]
+
+
+def write_page(path, net, vocab, title, names, temperature=1.0):
+    """Fill page.html with the network, and with the list where only new names are wanted."""
+    if not is_stack_of(net, LAYERS):
+        raise ValueError("--page knows only the layers of layers.py, and this network has others")
+    with open(TEMPLATE, encoding="utf-8") as file:
+        page = file.read()
+    network = {"config": net.config, "chars": list(vocab.chars), "mark": vocab.mark or -1}
+    network |= {"title": title, "temperature": temperature, "layers": page_layers(net)}
+    if names:
+        log(f"the page holds the list of {len(names):,} names: mind who may see it")
+        names = base64.b64encode(gzip.compress("\n".join(names).encode(), mtime=0)).decode()
+    network["names"] = names
+    filled = json.dumps(network).replace("<", "\\u003c")  # no text in it ends the script
+    atomic_write(path, page.replace('id="network">null<', f'id="network">{filled}<').encode())

@@ -1,0 +1,100 @@
+"""What suits a list of its size, and two ways to learn less of a short one by heart.
+
+Where no reason stands beside a number, it was the best of several on the validation splits of lists
+that had served for nothing else: tests/RESULTS.md has them, under "The recipe".
+"""
+
+import torch
+from torch import nn
+
+from model import contexts_and_targets
+
+MAX_SMOOTHED = 2**24  # probabilities in a table of smooth_targets(): 64 MB, 600 while it is made
+
+
+def default_hparams(n, vocab_size):
+    """{flag: value} that suits a list of n training windows."""
+    if n <= 5_000:
+        dropout, truncate, smoothing, steps = 0.4, 0.95, 0.5, 12_000
+    elif n <= 25_000:
+        dropout = round(min(0.4, max(0.25, 3000 / n)), 2)
+        truncate, smoothing, steps = 0.8, 0.2, 20_000
+    else:
+        dropout = round(min(0.25, 5.7 / n**0.3), 2)
+        truncate, smoothing = round(8 * max(0.0, dropout - 0.15), 2), 0.0
+        steps = min(200_000, n * 13 // 10)
+    if n * vocab_size > MAX_SMOOTHED:
+        smoothing = 0.0
+    return dict(dropout=dropout, truncate=truncate, smoothing=smoothing, steps=steps)
+
+
+def fill_in(args, n, vocab_size):
+    """Set the flags that were left out to what suits the list -> {flag: value} of these."""
+    hparams = default_hparams(n, vocab_size)
+    chosen = {name: value for name, value in hparams.items() if getattr(args, name) is None}
+    vars(args).update(chosen)
+    return chosen
+
+
+def weight_decay(n, steps, pretrained):
+    """Of the matrices, for n training windows.
+
+    With `pretrained` weights to decay to, the more names, the less counts what is known already.
+    Else the decay times the steps is what counts: it is the same 60 from 12,000 steps on, and below
+    that less, as a trial of few steps has hardly begun to learn by heart.
+    """
+    return 30 / n if pretrained else 60 / max(12_000, steps)
+
+
+def eval_every(n_val, steps):
+    """The steps between two validations of n_val windows: 40 in all, in tens of steps.
+
+    A thousand windows take the time of some ten steps: so at least fifty steps follow.
+    """
+    return -(-max(steps // 40, n_val // 20) // 10) * 10 or 10
+
+
+def truncate(contexts, share, generator):
+    """Reduce a share of the contexts to their last 2 to 8 tokens.
+
+    So what often follows a few characters is learned wherever they stand, as by counts of n-grams.
+    """
+    T = contexts.shape[-1]
+    kept = torch.randint(2, 9, (*contexts.shape[:-1], 1), generator=generator)
+    kept[torch.rand(kept.shape, generator=generator) >= share] = T
+    return contexts * (torch.arange(T, 0, -1) <= kept)  # 0 is padding
+
+
+def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):
+    """(N, V): the targets of N windows as probabilities, a share of them from the other windows.
+
+    It is label smoothing by Kneser-Ney counts, arXiv:2403.17240, without the window's own, so that
+    what is seen only once is not learned by heart. Raises ValueError where N * V is too large.
+    """
+    if (n := len(tokens) * vocab_size) > MAX_SMOOTHED:
+        raise ValueError(f"--smoothing would take {n:,} probabilities, too many: leave it out")
+    contexts, targets = contexts_and_targets(tokens)
+    onehot = nn.functional.one_hot(targets, vocab_size).float()
+    ids = [torch.zeros_like(targets)]  # ids[k]: equal where the last k tokens are equal
+    for k in range(min(order - 1, contexts.shape[1])):
+        ids.append((ids[-1] * vocab_size + contexts[:, -1 - k]).unique(return_inverse=True)[1])
+    ids.append(torch.arange(len(targets)))
+    expected = torch.full_like(onehot, 1 / vocab_size)
+    for same, longer in zip(ids, ids[1:]):
+        # An n-gram counts once per distinct token before it; the longest, once per window.
+        grams = longer * vocab_size + targets
+        _, gram, counts = grams.unique(return_inverse=True, return_counts=True)
+        times = counts[gram]
+        followers = torch.zeros(same.max() + 1, vocab_size)
+        followers.index_put_((same, targets), 1 / times, accumulate=True)
+        others = followers[same] - onehot * (times == 1).unsqueeze(1)
+        kept, total = (others - discount).clamp(min=0), others.sum(1, keepdim=True)
+        backed_off = (kept + (total - kept.sum(1, keepdim=True)) * expected) / total
+        # Where no other window has the context, total is 0 but for rounding.
+        expected = torch.where(total > 0.5, backed_off, expected)
+    return onehot.lerp(expected, share)
+
+
+def usual_temperature(truncate):
+    """0.7 where contexts were truncated, as a short list teaches too little for 1."""
+    return 0.7 if truncate else 1.0
