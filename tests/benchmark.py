@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from model import Vocabulary, WaveNet, contexts_and_targets, load, read_names, windows  # noqa: E402
+from model import Vocabulary, WaveNet, contexts_and_targets, load, windows  # noqa: E402
+from plumbing.lists import read_names  # noqa: E402
+from plumbing.processes import process_group, rank  # noqa: E402
 from sampling import BATCH, generate  # noqa: E402
 
 ROUNDS = 5
@@ -94,11 +96,9 @@ def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
     window = windows(train.split(names)["train"], vocab, block_size)
     torch.manual_seed(1)
     flags = "--batch-size", batch_size, "--dropout", dropout, "--block-size", block_size
-    flags += "--steps", 10**9, "--truncate", 0  # minibatches() ends there
+    flags += "--steps", 10**9, "--truncate", 0
     args = train.build_parser().parse_args(list(map(str, flags)))
     net = WaveNet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
-    for module in net.modules():
-        module.track_running_stats = False  # as in train()
     parameters = list(net.parameters())
 
     def ours(steps):
@@ -158,12 +158,12 @@ def sampling(n=20_000):
 def worker(steps=50):
     """One of several processes, or the only one: prints the seconds of some large steps."""
     torch.set_num_threads(1)
-    with train.process_group("cpu"):
+    with process_group("cpu"):
         ours, *_ = ours_and_names(16, 24, 1024, 0.0, 1024)
         ours(2)
         start = time.perf_counter()
         ours(steps)
-        if not train.rank():
+        if not rank():
             print(time.perf_counter() - start)
 
 

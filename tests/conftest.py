@@ -1,21 +1,14 @@
-"""What the tests share: running a script, refusing, a network trained within a second."""
+"""Settings and fixtures of all tests: what is refused, and folders with lists and networks."""
 
 import os
+import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import traceback
-from pathlib import Path
-
-import pytest
-import torch
-from hypothesis import settings
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import matplotlib.figure  # noqa: F401  not in each fork anew
+import pytest
+import torch
+from helpers import LEFT, SIZES, at, fill, forked, signals, training
+from hypothesis import settings
 
 import sampling
 import train
@@ -27,41 +20,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes, too: on a busy machine thre
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("default")
-SMALL = "--steps 40 --batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
-
-
-def run(script, *args, **kwargs):
-    """Run a script of the project as its own process -> the finished process, with its output."""
-    kwargs = dict(capture_output=True, text=True, timeout=600) | kwargs
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], **kwargs)
-
-
-def forked(main, *args, before=lambda: None):
-    """Like run(), in a fork of this process, which need not import torch anew."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        pid = os.fork()
-        if pid == 0:
-            status = 70
-            try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))
-                sys.argv[0] = f"{main.__module__}.py"
-                before()
-                main(list(map(str, args)))
-                status = 0
-            except SystemExit as exit:
-                status = exit.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(args, status, out.read().decode(), err.read().decode())
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +50,41 @@ def tiny(tmp_path_factory):
     names = "ada bea cleo dora edda finn gus hal ida jo kai lea".split()
     (folder / "names.txt").write_text("\n".join(names))
     files = "--data", folder / "names.txt", "--out", folder / "model.pth"
-    process = forked(train.main, *files, *SMALL)
+    process = forked(train.main, *files, *SIZES, "--steps", 40)
     assert process.returncode == 0, process.stderr
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a list and an older network."""
+    return fill(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with a list and the files of a training that nothing interrupted."""
+    folder = fill(tmp_path_factory.mktemp("trained"))
+    process = training(folder)
+    assert process.returncode == 0, process.stderr
+    assert sorted(os.listdir(folder)) == LEFT
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory):
+    """A folder with a list, an older network and a training stopped at its 75th step."""
+    folder = fill(tmp_path_factory.mktemp("stopped"))
+    process = training(folder, before=at("train.train_step", 75, signals(signal.SIGTERM)))
+    assert process.returncode == 128 + signal.SIGTERM, process.stderr
+    return folder
+
+
+@pytest.fixture
+def interrupted(stopped, tmp_path):
+    """Such a folder of this test's own."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    state = torch.load(tmp_path / "own.pth.unfinished", weights_only=True)
+    state["args"]["data"] = str(tmp_path / "names.txt")
+    torch.save(state, tmp_path / "own.pth.unfinished")
+    return tmp_path

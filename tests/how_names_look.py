@@ -9,8 +9,9 @@ from collections import Counter
 import torch
 from kneser_ney import ROOT, KneserNey, split
 
-from model import load, read_names, windows
-from sampling import generate, token_losses
+from model import load, token_losses, windows
+from plumbing.lists import read_names
+from sampling import generate
 
 N = 10_000
 

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import read_names  # noqa: E402
+from plumbing.lists import read_names  # noqa: E402
 from train import split  # noqa: E402
 
 END = "\n"  # no name holds it

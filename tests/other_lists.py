@@ -14,7 +14,8 @@ from statistics import mean
 import torch
 from kneser_ney import ROOT, tuned
 
-from model import load, read_names
+from model import load
+from plumbing.lists import read_names
 from sampling import generate
 from train import split
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import Norm, pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn, randint, randn
@@ -13,17 +14,6 @@ import layers
 
 sizes = st.integers(1, 7)
 seeds = st.integers(0, 2**32 - 1)
-
-
-class Norm(nn.BatchNorm1d):
-    """torch.nn has the channels of three dimensions in the middle."""
-
-    def forward(self, x):
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
-
-
-def pairs(n=2):
-    return nn.Sequential(nn.Unflatten(1, (-1, n)), nn.Flatten(2))
 
 
 LAYERS = {  # for sizes B, T, C, n: our layer, its twin, and an input

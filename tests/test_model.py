@@ -1,21 +1,19 @@
 """The vocabulary, windows, the network against a torch.nn stack, distinct rows, the file."""
 
 import copy
-import re
 
 import pytest
 import torch
-from conftest import ROOT, forked
+from helpers import random_net, slow_windows, twin
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_layers import Norm, pairs
-from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import model
-from layers import backward, distinct_rows, forward
 from model import CASE_MARK, Vocabulary, WaveNet, contexts_and_targets, windows
+from plumbing.fast import backward, distinct_rows, forward
+from plumbing.files import write_checkpoint
 
 # 'ß' and 'İ' have no other case of one character, 'Dž' is neither small nor a capital.
 letters = st.sampled_from("aAbBeEzßẞİıDŽDždžςσΣéÉ .'-名") | st.characters(exclude_categories=["C"])
@@ -48,18 +46,6 @@ def test_what_is_learned_of_small_letters_serves_capitals():
     assert title.decode([1, 1, 3, 1, 0, 1, 2, 1]) == "E. "  # a mark with no letter is nothing
 
 
-def slow_windows(names, vocab, block_size):
-    """One context and target after the other, in plain Python."""
-    pairs = []
-    for name in names:
-        context = [0] * block_size
-        for char in name + vocab.end:
-            for code in [char] if char in vocab.chars else [CASE_MARK, char.swapcase()]:
-                pairs.append((context, vocab.chars.index(code)))
-                context = context[1:] + [pairs[-1][1]]
-    return pairs
-
-
 @given(st.lists(st.text("abcéABÉ.", min_size=1), min_size=1), st.sampled_from([2, 4, 8, 16]))
 @example([chr(0x4E00 + i) for i in range(300)] + ["Ann", "\U0001f600b"], 8)
 def test_windows(names, block_size):
@@ -72,16 +58,6 @@ def test_windows(names, block_size):
     assert tokens.untyped_storage().nbytes() == width * (block_size + len(expected))
 
 
-def twin(vocab_size, block_size, n_embd, n_hidden):
-    """The same network in layers of torch.nn."""
-    stack, n_in = [nn.Embedding(vocab_size, n_embd)], n_embd
-    while block_size > 1:
-        stack += [pairs() if block_size > 2 else nn.Flatten()]
-        stack += [nn.Linear(2 * n_in, n_hidden, bias=False), Norm(n_hidden), nn.Tanh()]
-        block_size, n_in = block_size // 2, n_hidden
-    return nn.Sequential(*stack, nn.Linear(n_in, vocab_size))
-
-
 def padded_contexts(B, T, vocab_size):
     """Contexts as names make them: padding on the left, and many alike."""
     contexts = torch.randint(1, vocab_size, (B, T))
@@ -89,20 +65,10 @@ def padded_contexts(B, T, vocab_size):
     return contexts
 
 
-def random_net(seed, *config):
-    """A network with weights and statistics of all kinds."""
-    torch.manual_seed(seed)
-    net = WaveNet(*config)
-    for tensor in net.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand_like(tensor) + 0.1)
-    return net
+widths = st.integers(1, 6)
 
 
-small = st.integers(1, 6)
-
-
-@given(st.tuples(st.integers(2, 9), st.sampled_from([2, 4, 8, 16]), small, small), small)
+@given(st.tuples(st.integers(2, 9), st.sampled_from([2, 4, 8, 16]), widths, widths), widths)
 def test_network_is_the_torch_stack_and_distinct_rows_change_nothing(config, seed):
     """Logits, gradients and statistics, of three minibatches; then in eval mode."""
     torch.set_default_dtype(torch.float64)
@@ -116,7 +82,7 @@ def test_network_is_the_torch_stack_and_distinct_rows_change_nothing(config, see
         assert_close(copy.deepcopy(net)(context), logits)
         with torch.no_grad():
             assert_close(forward(net, rows), logits)
-            backward(net, rows, logits, (logits.softmax(1) - F.one_hot(target, V)) / 6)
+            backward(net, rows, (logits.softmax(1) - F.one_hot(target, V)) / 6)
         assert_close(tuple(parameter.grad for parameter in net.parameters()), gradients)
         assert_close(net.state_dict(), same.state_dict())
     expected = same.eval()(contexts[0])
@@ -128,7 +94,7 @@ def test_network_is_the_torch_stack_and_distinct_rows_change_nothing(config, see
 def test_distinct_rows_hold_each_distinct_row_once(K, B, T, V):
     torch.manual_seed(K + B + T + V)
     net, contexts = WaveNet(V, T, 1, 1), padded_contexts(K * B, T, V).view(K, B, T)
-    for context, (levels, row_ids) in zip(contexts, distinct_rows(net, contexts)):
+    for context, (_, levels, row_ids) in zip(contexts, distinct_rows(net, contexts)):
         rows = [(token,) for token in range(V)]  # the tokens that each row stands for
         for k, level in enumerate(levels, 1):
             rows = [rows[i] + rows[j] for i, j in level.children.view(-1, 2).tolist()]
@@ -141,7 +107,7 @@ def test_distinct_rows_hold_each_distinct_row_once(K, B, T, V):
 
 def test_distinct_rows_of_the_docstring():
     contexts = torch.tensor([[[0, 0, 1, 3], [0, 0, 2, 3]]])  # "..an" and "..en", . a e n
-    (((pairs, fours), row_ids),) = distinct_rows(WaveNet(4, 4, 1, 1), contexts)
+    ((_, (pairs, fours), row_ids),) = distinct_rows(WaveNet(4, 4, 1, 1), contexts)
     found = [(level.children.tolist(), level.weights.tolist(), level.n) for level in (pairs, fours)]
     assert found[0] == ([0, 0, 1, 3, 2, 3], [2 / 4, 1 / 4, 1 / 4], 4)
     assert found[1] == ([0, 1, 0, 2], [1 / 2, 1 / 2], 2) and row_ids.tolist() == [0, 1]
@@ -179,7 +145,7 @@ def test_save_and_load(tmp_path):
     level = ["FlattenConsecutive", "Linear", "BatchNorm1d", "Tanh"]
     assert content["layers"] == ["Embedding", *level * 3, "Linear"] and content["config"] == config
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
-    model.write_checkpoint(path, content | {"layers": [*content["layers"][:-2], "ReLU", "Linear"]})
+    write_checkpoint(path, content | {"layers": [*content["layers"][:-2], "ReLU", "Linear"]})
     with pytest.raises(ValueError, match=r"model.pth has other layers than this model.py: [^\n]*$"):
         model.load(path)
 
@@ -205,18 +171,6 @@ def test_load_pretrained(name, known, taken):
     found = model.load_pretrained(net, vocab, old, old_vocab)
     assert found == dict(zip(known, taken))
     assert_close(dict(net.named_parameters()), expected, rtol=0, atol=0)
-
-
-def test_the_readmes_examples_run(monkeypatch):
-    """Every block in Python that uses the project."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    blocks = [b for b in blocks if re.search(r"(from|import) (layers|model|train|sampling)", b)]
-    monkeypatch.chdir(ROOT)
-    assert blocks
-    for block in blocks:
-        process = forked(lambda argv: exec(argv[0], {}), block)
-        assert (process.returncode, process.stderr) == (0, ""), block
 
 
 def test_a_full_stop_that_was_a_letter_does_not_become_the_end():

@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import forked
+from helpers import forked, random_net, slow_windows
 from scipy.stats import chisquare
-from test_model import random_net, slow_windows
 from torch.nn import functional as F
 
 import sampling

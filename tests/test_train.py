@@ -4,7 +4,6 @@ import copy
 import importlib
 import math
 import random
-import re
 import shutil
 import sys
 from collections import Counter
@@ -12,53 +11,58 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, forked
+from helpers import ROOT, SIZES, forked, twin
 from kneser_ney import END, KneserNey
 from scipy.optimize import minimize_scalar
 from scipy.stats import chisquare
-from test_model import twin
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import layers
 import train
-from model import Vocabulary, WaveNet, contexts_and_targets, load, read_names, windows
+from model import Vocabulary, WaveNet, contexts_and_targets, layer_names, load, windows
+from plumbing import fast, recipe, runs
+from plumbing.lists import read_names
 from sampling import generate
 
-NAMES = ["Ada", "Bea", "Cleo", "Dora", "Edda", "Finn"]
-N_CHARACTERS = sum(len(name) + 1 for name in NAMES)
-VOCAB = Vocabulary(NAMES)
-TOKENS = windows(NAMES, VOCAB, 8)
+SIX = ["Ada", "Bea", "Cleo", "Dora", "Edda", "Finn"]
+N_CHARACTERS = sum(len(name) + 1 for name in SIX)
+VOCAB = Vocabulary(SIX)
+TOKENS = windows(SIX, VOCAB, 8)
 VAL = ["Bo", "Edd", "Rod", "Fleo", "Cea"]
 
 
-def small(**changes):
+def flags(**changes):
     defaults = dict(steps=200, batch_size=32, block_size=8, n_embd=10, n_hidden=64, lr=0.1, seed=3)
     more = dict(dropout=0.0, truncate=0.0, smoothing=0.0, device="cpu", checkpoint_every=10**9)
     return SimpleNamespace(**defaults | more | changes)
 
 
 def network(args):
-    return train.new_network(args, VOCAB, TOKENS, None)[0]
+    return train.new_network(args, VOCAB, TOKENS, None)
 
 
-def trained(args, val=NAMES, pretrained=False, resume=None):
+TENSORS = [name for name in runs.STATE if name not in ("layers", "names", "args")]
+
+
+class Recorded(runs.Run):
+    """A run whose states, the numbers in them, go to a list, not to a file."""
+
+    def save(self):
+        self.saved.append(copy.deepcopy({name: getattr(self, name) for name in TENSORS}))
+
+
+def trained(args, val=SIX, pretrained=False, resume=None):
     """A training, or one from a saved state on -> the network to be written, the states saved."""
-    net, average, saved, val = network(args), network(args), [], windows(val, VOCAB, 8)
-    state = dict(step=0, averaged=0, loss_sum=0.0, best={"loss": math.inf})
-    state["pretrained"] = list(network(args).parameters()) if pretrained else []
-    state["curves"] = {"train": [], "val": []}
+    net, average, data = network(args), network(args), {"val": windows(val, VOCAB, 8)}
+    data["train"] = TOKENS
     if resume:
-        state = copy.deepcopy(resume)
-        net.load_state_dict(state["state_dict"])
-        average.load_state_dict(state["average"])
-    state |= dict(state_dict=dict(net.state_dict()), average=dict(average.state_dict()))
-
-    def save_state(state):
-        saved.append(copy.deepcopy(state))
-
-    train.train(net, average, VOCAB, TOKENS, val, args, state, save_state)
-    return train.finalize(net.config, state["best"], TOKENS, val, VOCAB)[0], saved
+        resume = copy.deepcopy(resume) | {"layers": layer_names(net), "names": "the list"}
+    setup = runs.Setup("", "", "", resume, (network(args),) if pretrained else None)
+    run = Recorded(args, setup, net, average, "the list")
+    run.saved = []
+    train.train(net, average, VOCAB, data, args, run)
+    return train.finalize(net.config, run.best, data, VOCAB)[0], run.saved
 
 
 def plain_loss(net, names, scale=1.0, vocab=VOCAB):
@@ -82,7 +86,7 @@ def test_the_distinct_names_of_names_txt_are_split_by_the_protocol():
 
 def test_truncate_keeps_the_last_2_to_8_tokens_of_a_share():
     contexts, counts = torch.arange(1, 17).repeat(2, 20_000, 1), Counter()
-    for context in train.truncate(contexts, 0.7, torch.Generator()).flatten(0, 1).tolist():
+    for context in recipe.truncate(contexts, 0.7, torch.Generator()).flatten(0, 1).tolist():
         counts[n := 16 - context.count(0)] += 1
         assert context == [0] * (16 - n) + list(range(17 - n, 17)) and (2 <= n <= 8 or n == 16)
     found = [counts[n] for n in (2, 3, 4, 5, 6, 7, 8, 16)]
@@ -98,27 +102,26 @@ def test_smoothing_is_kneser_ney_of_all_windows_but_each_ones_own():
     tokens = windows(names, vocab, 8)
     onehot = F.one_hot(tokens[:, -1].long(), len(vocab))
     for share in 0.0, 0.3, 1.0:
-        smoothed = train.smooth_targets(tokens, len(vocab), share)
+        smoothed = recipe.smooth_targets(tokens, len(vocab), share)
         assert_close(smoothed, (1 - share) * onehot + share * torch.tensor(expected))
 
 
 def test_smoothing_is_refused_where_its_table_would_be_too_large():
     tokens = TOKENS[:1].expand(2**20, -1)
     with pytest.raises(ValueError, match="leave it out"):
-        train.smooth_targets(tokens, 17, 0.3)
-    assert train.default_hparams(4_000, 550)["smoothing"] == 0.5
-    assert train.default_hparams(24_000, 1_000)["smoothing"] == 0
+        recipe.smooth_targets(tokens, 17, 0.3)
+    assert recipe.default_hparams(4_000, 550)["smoothing"] == 0.5
+    assert recipe.default_hparams(24_000, 1_000)["smoothing"] == 0
 
 
 def drawn(args):
-    """All minibatches of a training, as contexts and targets: a twin has no fast way."""
-    net = twin(len(VOCAB), 8, 1, 1)
-    net.config = {"vocab_size": len(VOCAB)}
-    return list(train.minibatches(net, TOKENS, 0, args))
+    """The contexts and targets of all minibatches of a training."""
+    batches = train.minibatches(network(args), TOKENS, 0, args)
+    return [(rows.contexts, targets) for rows, targets in batches]
 
 
 def test_dropout_truncate_and_smoothing_change_nothing_else(tiny, tmp_path):
-    every = small(), small(dropout=0.3), small(truncate=0.5), small(smoothing=0.5)
+    every = flags(), flags(dropout=0.3), flags(truncate=0.5), flags(smoothing=0.5)
     pairs = (map(torch.cat, zip(*drawn(each))) for each in every)
     (contexts, targets), dropping, cutting, (same_contexts, smoothed) = pairs
     assert_close([contexts, targets], list(dropping), rtol=0, atol=0)
@@ -126,7 +129,7 @@ def test_dropout_truncate_and_smoothing_change_nothing_else(tiny, tmp_path):
     shorter, same_targets = cutting
     assert torch.equal(targets, same_targets) and not torch.equal(contexts, shorter)
     assert torch.equal(contexts, same_contexts)
-    table = train.smooth_targets(TOKENS, len(VOCAB), 0.5)
+    table = recipe.smooth_targets(TOKENS, len(VOCAB), 0.5)
     row = {
         tuple(each): i
         for i, each in enumerate(torch.column_stack(contexts_and_targets(TOKENS)).tolist())
@@ -138,27 +141,27 @@ def test_dropout_truncate_and_smoothing_change_nothing_else(tiny, tmp_path):
     for one, *others in zip(*(network(args).parameters() for args in every), strict=True):
         assert all(torch.equal(one, other) for other in others)
     for flag, value in ("dropout", 0.3), ("truncate", 0.2), ("smoothing", 0.1):
-        args = ["--data", tiny / "names.txt", "--out", tmp_path / "own.pth", *SMALL]
+        args = ["--data", tiny / "names.txt", "--out", tmp_path / "own.pth", *SIZES, "--steps", 40]
         assert forked(train.main, *args, f"--{flag}", value).returncode == 0
         one, other = load(tiny / "model.pth")[2], load(tmp_path / "own.pth")[2]
-        assert {name for name in train.RUN_ARGS if one[name] != other[name]} == {flag}
+        assert {name for name in runs.RUN_ARGS if one[name] != other[name]} == {flag}
 
 
 def test_the_heads_bias_starts_at_the_frequencies():
-    text = "".join(f"\x0e{name.lower()}." for name in NAMES)
+    text = "".join(f"\x0e{name.lower()}." for name in SIX)
     counts = torch.tensor([text.count(char) + 0.5 for char in VOCAB.chars])
-    assert_close(network(small())[-1].bias.exp(), counts / counts.sum())
+    assert_close(network(flags())[-1].bias.exp(), counts / counts.sum())
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_200_steps_are_those_of_torch_and_of_the_plain_way(pretrained, monkeypatch):
     """Each loss: in torch's layers, by autograd and SGD, where a penalty pulls matrices to 0 or to
     what they were; and, with and without dropout, by autograd through our layers."""
-    origin, same, losses = list(network(small()).parameters()), twin(len(VOCAB), 8, 10, 64), []
+    origin, same, losses = list(network(flags()).parameters()), twin(len(VOCAB), 8, 10, 64), []
     decay = 30 / len(TOKENS) if pretrained else 60 / 12_000
-    same.load_state_dict(network(small()).state_dict())
+    same.load_state_dict(network(flags()).state_dict())
     optimizer = torch.optim.SGD(same.parameters())
-    for step, (contexts, targets) in enumerate(drawn(small())):
+    for step, (contexts, targets) in enumerate(drawn(flags())):
         loss, both = F.cross_entropy(same(contexts), targets), zip(same.parameters(), origin)
         losses.append(loss.item() * len(TOKENS) / N_CHARACTERS)
         away = [now - pretrained * old.detach() for now, old in both if now.dim() == 2]
@@ -167,40 +170,44 @@ def test_200_steps_are_those_of_torch_and_of_the_plain_way(pretrained, monkeypat
         (loss + decay / 2 * sum(each.square().sum() for each in away)).backward()
         optimizer.step()
     for dropout in 0.0, 0.2:
-        fast = trained(small(dropout=dropout), pretrained=pretrained)[1][-1]["curves"]
+        by_hand = trained(flags(dropout=dropout), pretrained=pretrained)[1][-1]["curves"]
         with monkeypatch.context() as patch:
-            patch.setattr(layers, "FAST", ())
-            plain = trained(small(dropout=dropout), pretrained=pretrained)[1][-1]["curves"]
+            patch.setattr(fast, "FAST", ())
+            plain = trained(flags(dropout=dropout), pretrained=pretrained)[1][-1]["curves"]
         for part in "train", "val":
-            assert_close(torch.tensor(fast[part]), torch.tensor(plain[part]), rtol=0, atol=1e-5)
-        found = [loss for _, loss in fast["train"]]
+            assert_close(torch.tensor(by_hand[part]), torch.tensor(plain[part]), rtol=0, atol=1e-5)
+        found = [loss for _, loss in by_hand["train"]]
         assert (found == pytest.approx(losses, abs=1e-4)) == (dropout == 0)
 
 
 def test_resuming_gives_the_same_bits_and_the_average_has_polynomial_weights():
-    """Of the weights after every fifth step, which here is measured; the nth counts about n^3."""
-    args = small(dropout=0.2, truncate=0.3, checkpoint_every=5)
+    """Of the weights after every tenth step; the nth counts about n^3."""
+    args = flags(dropout=0.2, truncate=0.3, checkpoint_every=5)
     saved = trained(args)[1]
     again = trained(args, resume=saved[13])[1]
     assert len(again) == 26 and again[-1]["step"] == 200
     assert_close(again, saved[14:], rtol=0, atol=0)
-    shares = [4 / (i + 4) * math.prod(j / (j + 4) for j in range(i + 1, 40)) for i in range(40)]
+    shares = [4 / (i + 4) * math.prod(j / (j + 4) for j in range(i + 1, 20)) for i in range(20)]
+    tenth = saved[1::2]
     for name, average in saved[-1]["average"].items():
         if name.endswith(("weight", "bias")):
-            mean = sum(share * state["state_dict"][name] for share, state in zip(shares, saved))
+            mean = sum(share * each["state_dict"][name] for share, each in zip(shares, tenth))
             assert_close(average, mean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_best_step_is_kept_and_written_with_its_heads_weight_scaled():
-    written, (state,) = trained(small(dropout=0.1), val=VAL)
-    best, curve, net = state["best"], state["curves"]["val"], network(small(dropout=0.1))
+    written, (state,) = trained(flags(dropout=0.1), val=VAL)
+    best, curve, net = state["best"], state["curves"]["val"], network(flags(dropout=0.1))
     second_half = [point for point in curve if point[0] > 100]
     assert (best["step"], best["loss"]) == min(second_half, key=lambda point: point[1])
     assert best["loss"] > min(curve, key=lambda point: point[1])[1] and second_half[-1][0] == 200
     net.load_state_dict(best["state_dict"])
     *others, weight, bias = net.parameters()
     scale = (written[-1].weight / weight).mean().item()
-    assert plain_loss(net, VAL, scale) == pytest.approx(best["loss"], abs=1e-5)
+    least = min(plain_loss(net, VAL, each) for each in train.SCALES)
+    assert least == pytest.approx(best["loss"], abs=1e-5)
+    rescaled = [plain_loss(written, VAL, each / scale) for each in train.SCALES]
+    assert scale == pytest.approx(train.SCALES[rescaled.index(min(rescaled))])
     assert_close(list(written.parameters()), [*others, weight * scale, bias])
     assert abs(scale - 1) > 0.01 and not any(type(layer) is layers.Dropout for layer in written)
 
@@ -227,7 +234,7 @@ def test_statistics_are_means_and_variances_of_the_training_windows(kind):
 @pytest.mark.parametrize("too_sure", [0.1, 0.9, 1.5, 9.0])
 def test_calibrate_takes_back_what_is_too_sure(too_sure):
     """On names that the network drew itself its own logits are the best ones."""
-    net = trained(small(steps=60))[0]
+    net = trained(flags(steps=60))[0]
     names = generate(net, VOCAB, 1000, max_length=30)
     tokens = windows(names, VOCAB, 8)
     net[-1].weight.data *= too_sure
@@ -240,24 +247,11 @@ def test_calibrate_takes_back_what_is_too_sure(too_sure):
 
 
 def test_a_short_list_is_learned_by_heart():
-    net = trained(small(steps=1500))[0]
+    net = trained(flags(steps=1500))[0]
     names = generate(net, VOCAB, 1000)
-    assert sum(name in NAMES for name in names) > 950 and set(NAMES) < set(names)
+    assert sum(name in SIX for name in names) > 950 and set(SIX) < set(names)
     # Nothing is left to know but which name it is: ln 6 spread over the characters of all names.
-    assert plain_loss(net, NAMES) == pytest.approx(6 * math.log(6) / N_CHARACTERS, abs=0.03)
-
-
-def test_the_shipped_network_has_the_losses_that_are_told():
-    """Those that it records, and those of the README's row, recomputed from names.txt."""
-    net, vocab, metadata = load(ROOT / "model_state.pth")
-    parts = train.split(read_names(ROOT / "names.txt"))
-    tokens = {part: windows(parts[part], vocab, net.config["block_size"]) for part in parts}
-    losses = {part: train.evaluate(net, tokens[part], vocab)[0] for part in parts}
-    assert losses == pytest.approx(metadata["losses"], abs=1e-5)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for row in re.findall(r"^\| \*\*shipped.*", readme, re.MULTILINE):
-        told = re.findall(r"\b\d\.\d{3}\b", row)
-        assert told == [f"{losses[part]:.3f}" for part in ("train", "val", "test")]
+    assert plain_loss(net, SIX) == pytest.approx(6 * math.log(6) / N_CHARACTERS, abs=0.03)
 
 
 OWN = """
@@ -275,7 +269,7 @@ LEVEL = "Tanh(), Linear(n_hidden, n_hidden, bias=False), BatchNorm1d(n_hidden), 
 EDITS = [  # of the text of WaveNet, and whether the fast way is taken
     ("Tanh()]", "Own()]", False),
     ("Tanh()]", "WithBackward()]", False),
-    ("Tanh()]", "WithBackward()]", "added to layers.FAST"),
+    ("Tanh()]", "WithBackward()]", "added to FAST"),
     ("Tanh()]", "nn.GELU()]", False),
     ("Tanh()]", "nn.Tanh()]", False),
     ("BatchNorm1d(n_hidden), ", "", True),
@@ -285,35 +279,41 @@ EDITS = [  # of the text of WaveNet, and whether the fast way is taken
     (" Linear(", " nn.Linear(", False),
     ("(*layers, ", "(*layers, nn.BatchNorm1d(n_hidden), ", False),
 ]
-MODULES = "layers", "model", "train", "sampling"
+MODULES = "layers", "model", "train", "sampling", "plumbing.fast"
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=str)
 def test_an_edited_network_trains_saves_loads_samples_and_scores(edit, tmp_path, monkeypatch):
     """The losses of names are those of net(contexts)."""
-    (old, new, fast), (head, text) = edit, (ROOT / "model.py").read_text().split("class WaveNet(")
-    names = [one + other.lower() for one in NAMES for other in NAMES]
-    for name in MODULES:
+    (old, new, new_way), (head, text) = (
+        edit,
+        (ROOT / "model.py").read_text().split("class WaveNet("),
+    )
+    names = [one + other.lower() for one in SIX for other in SIX]
+    for name in MODULES[:4]:
         shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(ROOT / "plumbing", tmp_path / "plumbing")
     assert old in text
     (tmp_path / "model.py").write_text(head + OWN + text.replace(old, new))
     (tmp_path / "names.txt").write_text("\n".join(names))
     monkeypatch.chdir(tmp_path)
 
     def check(argv):  # in its own process, with the modules of this folder
-        for name in MODULES:
-            del sys.modules[name]
+        for name in list(sys.modules):
+            if name in MODULES or name.startswith("plumbing"):
+                del sys.modules[name]
         sys.path.insert(0, "")
-        layers, model, train, sampling = map(importlib.import_module, MODULES)
-        if fast == "added to layers.FAST":
-            layers.FAST += (model.WithBackward,)
-        train.main(["--data", "names.txt", "--out", "own.pth", *SMALL, "--dropout", "0.1"])
+        layers, model, train, sampling, fast = map(importlib.import_module, MODULES)
+        if new_way == "added to FAST":
+            fast.FAST += (model.WithBackward,)
+        small = [*SIZES, "--steps", "40", "--dropout", "0.1"]
+        train.main(["--data", "names.txt", "--out", "own.pth", *small])
         sampling.main(["--model", "own.pth", "-n", "5", "--max-length", "30"])
         sampling.main(["--model", "own.pth", "--score", "names.txt"])
         net, vocab, _ = model.load("own.pth")
         losses = sampling.score(net, vocab, names)
         assert losses == pytest.approx([plain_loss(net, [n], vocab=vocab) for n in names], abs=1e-4)
-        assert layers.has_fast_way(net) == bool(fast)
+        assert fast.has_fast_way(net) == bool(new_way)
 
     process = forked(check)
     assert process.returncode == 0, process.stderr

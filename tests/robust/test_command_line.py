@@ -10,13 +10,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, forked, run
-from helpers import NAMES, at, command, result, signals, training
+from helpers import NAMES, ROOT, at, command, forked, result, run, signals, training
 
 import sampling
 import train
-
-pytest_plugins = "folders"
+from plumbing import cli
+from plumbing.report import SOFTWARE
 
 
 def script(name, *args):
@@ -40,7 +39,7 @@ def test_results_go_to_stdout_and_all_else_to_stderr(folder, trained):
     assert result(folder) == result(trained)  # in a new process as in a fork
     following = shlex.split(process.stdout.splitlines()[-1])
     assert following[0] == "python"  # the command to type next
-    process = run(*following[1:], cwd=ROOT)
+    process = forked(sampling.main, *following[2:])
     assert (process.stderr, len(process.stdout.splitlines())) == ("", 20)
 
 
@@ -65,7 +64,7 @@ def test_nobody_listening_loses_no_work(folder, trained):
 
 
 def test_a_full_standard_output_is_said_and_the_state_stays(trained, folder):
-    """N8: resuming prints the losses again."""
+    """resuming prints the losses again."""
     sample = "sampling.py", "--model", trained / "own.pth"
     for name, *args in sample, ("train.py", *command(folder)):
         with open("/dev/full", "w") as full:
@@ -81,7 +80,7 @@ def test_ctrl_c_ends_both_quietly(trained, folder):
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == "" and process.returncode == 130
-    process = training(folder, before=at("model.read_lines", 1, signals(signal.SIGINT)))
+    process = training(folder, before=at("plumbing.lists.read_lines", 1, signals(signal.SIGINT)))
     assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
 
 
@@ -90,7 +89,7 @@ def test_ctrl_c_ends_both_quietly(trained, folder):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_names_are_utf8_wherever_stdout_is_no_terminal(tmp_path, encoding):
-    """N4: what one command writes the other reads. A terminal gets escapes."""
+    """what one command writes the other reads. A terminal gets escapes."""
     folder = tmp_path / "mé mo żż"
     folder.mkdir()
     names = [name.replace("k", "ż").replace("a", "ë") for name in NAMES]
@@ -114,35 +113,38 @@ def test_names_are_utf8_wherever_stdout_is_no_terminal(tmp_path, encoding):
     assert (b"\\xeb" if encoding == "ascii" else b"\xeb") in os.read(ours, 4096)
 
 
-def test_started_from_another_folder_it_finds_its_files_and_leaves_none(tmp_path):
-    process = run("sampling.py", "--new", "-n", 5, cwd=tmp_path)
+def test_started_from_another_folder_it_finds_its_files_and_leaves_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = forked(sampling.main, "--new", "-n", 5)
     assert (process.returncode, process.stderr, len(process.stdout.splitlines())) == (0, "", 5)
     assert os.listdir(tmp_path) == []
 
 
 def test_windows_with_another_current_drive(monkeypatch):
-    """N4: no path of the project is made relative; what is to be typed is quoted as there."""
+    """no path of the project is made relative; what is to be typed is quoted as there."""
     with pytest.raises(ValueError):
         ntpath.relpath("C:\\project", "D:\\")
-    for name in "train.py", "sampling.py", "model.py":
-        assert "relpath" not in (ROOT / name).read_text()
-    monkeypatch.setattr(train.os, "name", "nt")
-    typed = train.command("train.py", "--resume", "--out", "my own.pth")
+    monkeypatch.setattr(cli.os, "name", "nt")
+    typed = cli.command("train.py", "--resume", "--out", "my own.pth")
     assert typed == 'python train.py --resume --out "my own.pth"'
 
 
 def test_scores_come_from_file_descriptor_0_itself(trained, tmp_path):
-    """N3: at an offset, and from a socket."""
-    args = "--model", trained / "own.pth", "--score", "-"
+    """At an offset, and from a socket."""
+
+    def scored(stdin):
+        args = "--model", trained / "own.pth", "--score", "-"
+        return forked(sampling.main, *args, before=lambda: os.dup2(stdin.fileno(), 0)).stdout
+
     (tmp_path / "list").write_text("skipped\nkal\nmin\n")
     with open(tmp_path / "list") as file:
         os.lseek(file.fileno(), len("skipped\n"), os.SEEK_SET)
-        process = run("sampling.py", *args, stdin=file)
-    assert [line.split("\t")[-1] for line in process.stdout.splitlines()] == ["kal", "min"]
+        rows = scored(file)
+    assert [line.split("\t")[-1] for line in rows.splitlines()] == ["kal", "min"]
     ours, theirs = socket.socketpair()
     ours.sendall(b"kal\nmin\n")
     ours.shutdown(socket.SHUT_WR)
-    assert run("sampling.py", *args, stdin=theirs).stdout == process.stdout
+    assert scored(theirs) == rows
 
 
 @pytest.mark.parametrize("main", [train.main, sampling.main])
@@ -200,8 +202,8 @@ def test_messages_show_what_they_quote_escaped(folder, trained, refused):
 
 
 def test_the_shipped_picture_bears_the_mark_by_which_it_may_be_replaced():
-    """N5: without it train.py could not be run again."""
-    assert train.SOFTWARE.encode() in (ROOT / "model_state.png").read_bytes()[:4096]
+    """without it train.py could not be run again."""
+    assert SOFTWARE.encode() in (ROOT / "model_state.png").read_bytes()[:4096]
 
 
 def test_nothing_of_this_machine_is_in_the_shipped_network():

@@ -5,10 +5,10 @@ import random
 import resource
 import signal
 import subprocess
+from itertools import count
 
 import pytest
 import torch
-from conftest import forked
 from filelock import FileLock
 from helpers import (
     LEFT,
@@ -17,6 +17,8 @@ from helpers import (
     at,
     command,
     failure,
+    fill,
+    forked,
     last_line,
     result,
     resume,
@@ -27,8 +29,9 @@ from helpers import (
 
 import model
 import train
+from plumbing import cli
+from plumbing.files import atomic_write
 
-pytest_plugins = "folders"
 KILL, TERM, INT, HUP = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 UNTOUCHED = ["names.txt", "own.pth"]
 
@@ -46,21 +49,37 @@ def nothing_happened(folder):
 
 # Stopped and resumed
 
-MOMENTS = """train_step 1, train_step 63, train_step 120, recompute_statistics 20, finish 1, plot 1,
-model.write_checkpoint 3, model.save 1, posix.fsync 3, posix.replace 5, posix.replace 6"""
+MOMENTS = """train.train_step 1, train.train_step 63, train.train_step 120,
+train.recompute_statistics 8, train.finish 1, plumbing.report.plot 1, model.save 1,
+plumbing.files.write_checkpoint 3"""
 
 
 @pytest.mark.parametrize("moment", MOMENTS.replace("\n", " ").split(", "))
 @pytest.mark.parametrize("signum", [KILL, TERM])
 def test_a_training_stopped_anywhere_resumes_to_the_same_bits(folder, trained, signum, moment):
     where, nth = moment.split()
-    where = where if "." in where else f"train.{where}"
     process = training(folder, before=at(where, int(nth), signals(signum)))
     assert process.returncode in (-signum, 128 + signum)
     assert not process.stdout and "Traceback" not in process.stderr
-    if moment not in ("plot 1", "posix.replace 6"):
+    if "plot" not in moment:
         assert (folder / "own.pth").read_bytes() == OLD
     ends_as_if_nothing_happened(folder, trained)
+
+
+@pytest.mark.parametrize("call", ["posix.fsync", "posix.replace"])
+def test_a_training_killed_at_every_moment_of_its_writing_resumes(tmp_path, trained, call):
+    for nth in count(1):
+        (tmp_path / str(nth)).mkdir()
+        folder = fill(tmp_path / str(nth))
+        process = training(folder, before=at(call, nth, signals(KILL)))
+        if process.returncode == 0:
+            break
+        assert process.returncode == -KILL
+        if (folder / "own.pth.unfinished").exists():
+            ends_as_if_nothing_happened(folder, trained)
+        else:
+            assert nth == 1 and (folder / "own.pth").read_bytes() == OLD
+    assert nth > 6  # the first state, one each 35 steps, the last one, the network, its picture
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -99,7 +118,7 @@ def test_killed_four_times_and_resumed_to_the_same_bits(folder, trained):
 
 
 def test_a_second_signal_within_a_second_does_not_kill(folder, trained):
-    """N2: a terminal that is closed sends SIGHUP twice, and a key may bounce."""
+    """a terminal that is closed sends SIGHUP twice, and a key may bounce."""
     process = training(folder, before=at("train.train_step", 5, signals(HUP, HUP, INT, TERM)))
     assert process.returncode in (128 + HUP, 128 + INT, 128 + TERM)
     assert "stopped" in process.stderr and state_of(folder)["step"] == 5
@@ -108,7 +127,7 @@ def test_a_second_signal_within_a_second_does_not_kill(folder, trained):
 
 def test_a_second_signal_after_a_second_ends_at_once(folder, monkeypatch):
     times = iter([0.0, 1.5])
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(times))
     process = training(folder, before=at("train.train_step", 5, signals(INT, TERM)))
     assert process.returncode == -TERM
 
@@ -125,8 +144,8 @@ def test_what_ignores_a_signal_goes_on_doing_so(folder, trained):
 
 
 def test_the_losses_are_out_before_the_state_is_removed(folder):
-    """N8: whoever is killed after that has seen them."""
-    process = training(folder, before=at("train.locked", 2, signals(KILL)))  # as it is left
+    """whoever is killed after that has seen them."""
+    process = training(folder, before=at("plumbing.runs.locked", 2, signals(KILL)))  # as it is left
     assert not (folder / "own.pth.unfinished").exists()
     assert "nats per character" in process.stdout and "next:" in process.stdout
 
@@ -201,14 +220,14 @@ def test_a_new_training_is_refused_while_a_state_is_there(interrupted, refused):
 @pytest.mark.parametrize("step", [4, 80])
 def test_one_that_diverges_keeps_the_last_saved_state_if_there_is_one(folder, step):
     stop = failure(ValueError("the loss is nan: lower --lr"))
-    process = training(folder, before=at("train.record_loss", step, stop))
+    process = training(folder, before=at("plumbing.runs.record", step, stop))
     assert "lower --lr" in last_line(process) and (folder / "own.pth").read_bytes() == OLD
     assert nothing_happened(folder) if step < 35 else state_of(folder)["step"] == 70
 
 
 @pytest.mark.parametrize("lr", [10, 100, 1e6])
 def test_a_network_that_has_learned_nothing_replaces_nothing(folder, lr):
-    """N1: no better than the frequencies of the characters."""
+    """No better than the frequencies of the characters."""
     assert "lower --lr" in last_line(training(folder, "--lr", lr, "--batch-size", 2))
     assert nothing_happened(folder)
 
@@ -236,7 +255,7 @@ def test_a_second_training_to_the_same_file_is_refused(folder, refused):
 
 
 def test_a_full_disk_is_said_before_the_first_step(folder):
-    """N6: no file may grow past a few kB."""
+    """no file may grow past a few kB."""
 
     def before():
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
@@ -254,7 +273,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, call):
 
     def write(argv):
         with pytest.raises(OSError, match="No space left.*/file"):
-            model.atomic_write(path, b"new")
+            atomic_write(path, b"new")
 
     full = failure(OSError(28, "No space left on device"))
     process = forked(write, before=at(call, 1, full))
@@ -264,7 +283,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, call):
 
 @pytest.mark.parametrize("call", ["posix.fsync", "posix.replace"])
 def test_where_the_end_fails_the_network_is_safe_in_the_state(folder, trained, call):
-    """N6: EBUSY on a bind mount, EPERM in a sticky folder; the message says what to do."""
+    """EBUSY on a bind mount, EPERM in a sticky folder; the message says what to do."""
     busy = at(call, 1, failure(OSError(16, "Device or resource busy")))
     last = last_line(training(folder, before=at("model.save", 1, busy)))
     assert "Device or resource busy" in last and "own.pth.unfinished" in last
@@ -277,7 +296,7 @@ def test_where_the_end_fails_the_network_is_safe_in_the_state(folder, trained, c
 
 
 def test_a_file_left_by_a_killed_write_is_overwritten_and_goes(folder, trained):
-    """N7: one fixed name, and nobody else's."""
+    """one fixed name, and nobody else's."""
     kept = ["own.pth.test", "own.pth.tmp", "own.pth.lock", ".own.pth.tmp", "new", "own.txt"]
     for name in [*kept, ".own.pth.partial", ".own.pth.unfinished.partial", ".own.png.partial"]:
         (folder / name).write_text("mine")
@@ -288,7 +307,7 @@ def test_a_file_left_by_a_killed_write_is_overwritten_and_goes(folder, trained):
 
 
 def test_a_picture_that_is_not_the_projects_is_not_replaced(folder, trained):
-    """N5: nothing is trained for it; the project's own pictures are replaced."""
+    """nothing is trained for it; the project's own pictures are replaced."""
     cats = b"\x89PNG\r\n\x1a\n, but of cats"
     (folder / "own.png").write_bytes(cats)
     process = training(folder)
@@ -314,7 +333,7 @@ def test_a_link_stays_a_link_and_permissions_stay(folder):
     assert (folder / "here.pth").is_symlink() and model.load(folder / "own.pth")
     assert (folder / "own.pth").stat().st_mode & 0o777 == 0o604
     assert sorted(os.listdir(folder)) == sorted([*LEFT, "here.pth"])
-    model.atomic_write(folder / "new", b"")
+    atomic_write(folder / "new", b"")
     (folder / "plain").write_bytes(b"")
     assert (folder / "new").stat().st_mode == (folder / "plain").stat().st_mode
 

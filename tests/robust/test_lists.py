@@ -9,17 +9,16 @@ import zipfile
 from unicodedata import normalize as form
 
 import pytest
-from conftest import ROOT, forked
-from helpers import NAMES, command, last_line, training
+from helpers import NAMES, ROOT, command, forked, last_line, training
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model
 import sampling
 import train
-from model import load, read_names
-
-pytest_plugins = "folders"
+from model import load
+from plumbing import lists
+from plumbing.lists import read_names
 
 
 @pytest.fixture
@@ -207,7 +206,7 @@ def test_other_files_are_called_what_they_are(no_list, words, data):
 
 
 def test_what_is_endless_or_no_file_at_all_is_refused(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(model, "MAX_CHARACTERS", 10**5)
+    monkeypatch.setattr(lists, "MAX_CHARACTERS", 10**5)
     os.mkfifo(tmp_path / "endless")
     with subprocess.Popen(["sh", "-c", f"yes > {tmp_path}/endless"], stderr=-3):
         for path in tmp_path / "endless", "/dev/zero", tmp_path, tmp_path / "none":
@@ -245,7 +244,8 @@ def test_a_training_on_any_list_ends_well_or_with_one_line(tmp_path_factory, lin
     except SystemExit as exit:
         assert exit.code == 2 and os.listdir(folder) == ["names.txt"]
     else:
-        load(folder / "own.pth")
+        names = read_names(folder / "names.txt")
+        assert load(folder / "own.pth")[2]["rows"] == len(names)
 
 
 def test_few_names_are_called_few_and_too_few_are_refused(folder):

@@ -9,33 +9,43 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, forked
-from helpers import LEFT, NAMES, OLD, at, command, failure, resume, signals, state_of
+from helpers import (
+    LEFT,
+    NAMES,
+    OLD,
+    ROOT,
+    at,
+    command,
+    failure,
+    forked,
+    resume,
+    signals,
+    state_of,
+)
 from torch.nn import functional as F
 
 import model
 import train
-from layers import distinct_rows
 from model import WaveNet, load
+from plumbing.fast import distinct_rows
+from plumbing.processes import process_group, rank, world_size
 
-pytest_plugins = "folders"
 
-
-def in_processes(n, main, *args, before=lambda rank: lambda: None):
+def in_processes(n, main, *args, before=lambda nth: lambda: None):
     """main in n forks, in torchrun's environment -> of each its status, stdout and stderr."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     world = dict(WORLD_SIZE=n, MASTER_ADDR="localhost", MASTER_PORT=port, TORCHELASTIC_RUN_ID=1)
     pids, pipes = [], [os.pipe() for _ in range(n)]
-    for rank in range(n):
+    for nth in range(n):
         if pid := os.fork():
             pids.append(pid)
             continue
-        env = world | {"RANK": rank, "LOCAL_RANK": rank}
+        env = world | {"RANK": nth, "LOCAL_RANK": nth}
         os.environ.update({name: str(value) for name, value in env.items()})
-        process = forked(main, *args, before=before(rank))
-        with open(pipes[rank][1], "w") as file:
+        process = forked(main, *args, before=before(nth))
+        with open(pipes[nth][1], "w") as file:
             json.dump([process.returncode, process.stdout, process.stderr], file)
         os._exit(0)
     results = []
@@ -47,9 +57,9 @@ def in_processes(n, main, *args, before=lambda rank: lambda: None):
     return results
 
 
-def only(rank, hook):
+def only(nth, hook):
     """A `before` for in_processes(): the hook in one of them."""
-    return lambda this: hook if this == rank else lambda: None
+    return lambda this: hook if this == nth else lambda: None
 
 
 def one_step(argv):
@@ -63,11 +73,11 @@ def one_step(argv):
         loss = F.cross_entropy(net.train()(contexts[0, half::2]), targets[half::2])
         gradients.append(torch.autograd.grad(loss, parameters))
     expected = [p - 0.5 * (a + b) / 2 for p, a, b in zip(parameters, *gradients)]
-    with train.process_group("cpu"), torch.no_grad():
-        share = slice(train.rank(), None, train.world_size())
+    with process_group("cpu"), torch.no_grad():
+        share = slice(rank(), None, world_size())
         (rows,) = distinct_rows(net, contexts[:, share])
         train.train_step(net, rows, targets[share], 0.5, parameters)
-        assert train.world_size() == 2
+        assert world_size() == 2
     torch.testing.assert_close(parameters, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -79,7 +89,7 @@ def shares(argv):
     """The targets that this process draws for the first two steps."""
     args = train.build_parser().parse_args("--batch-size 12 --steps 2 --truncate 0".split())
     vocab = model.Vocabulary(NAMES)
-    with train.process_group("cpu"):
+    with process_group("cpu"):
         net, tokens = WaveNet(len(vocab), 4, 4, 8), model.windows(NAMES, vocab, 4)
         drawn = train.minibatches(net, tokens, 0, args)
         print(json.dumps([targets.tolist() for _, targets in drawn]))
