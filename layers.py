@@ -76,8 +76,8 @@ class BatchNorm1d(nn.Module):
     """Each channel to mean 0 and variance 1, scaled and shifted: (B, ..., C) -> the same shape;
     arXiv:1502.03167. Running statistics move by `momentum` (None: to the mean of all batches).
 
-    Of (B, C), each row may stand for several equal ones: `weights` (B,) are their shares of all n.
-    Of the pairs of "..an" and "..en", "..", "an" and "en" are computed once, with 2/4, 1/4 and 1/4.
+    Equal rows are computed once: of x (B, C), row r stands for a share weights[r] of all n rows.
+    "..an" and "..en" have n = 4 pairs, and the rows "..", "an", "en" with weights 2/4, 1/4, 1/4.
     Raises ValueError for another C, and in training for n < 2.
     """
 
@@ -95,7 +95,7 @@ class BatchNorm1d(nn.Module):
             raise ValueError(f"expected {self.num_features} channels, got {tuple(x.shape)}")
         if not self.training:
             scale, shift = self.scale_and_shift()
-            return torch.addcmul(shift, x, scale)  # x * scale + shift
+            return torch.addcmul(shift, x, scale)  # shift + x * scale, in one pass over memory
         rows = x.reshape(-1, self.num_features)
         if weights is None:
             n, weights = len(rows), x.new_full((len(rows),), 1 / len(rows))
@@ -117,13 +117,13 @@ class BatchNorm1d(nn.Module):
     def backward(self, grad_out):
         # x[r] moves y[r] directly, and every y through mean and var, in which row r has weight
         # w[r]: dL/dx[r] = weight * rstd * (g[r] - w[r] * (sum g + x_hat[r] * sum(g * x_hat))).
-        # Where no row stands for others w[r] is 1/n, and this is the formula of the paper.
+        # Where each row stands for itself, w[r] is 1/n, and this is the formula of the paper.
         x_hat, rstd, weights = self.saved
         rows = grad_out.reshape(x_hat.shape)
-        self.bias.grad, self.weight.grad = rows.sum(0), (rows * x_hat).sum(0)
-        # addcmul(a, b, c, value=v) is a + v * b * c in one pass over memory.
-        through_all = torch.addcmul(self.bias.grad, x_hat, self.weight.grad)
-        every_way = torch.addcmul(rows, through_all, weights.unsqueeze(1), value=-1)
+        sum_g, sum_g_x_hat = rows.sum(0), (rows * x_hat).sum(0)
+        self.bias.grad, self.weight.grad = sum_g, sum_g_x_hat
+        through_all = torch.addcmul(sum_g, x_hat, sum_g_x_hat)  # sum_g + x_hat * sum_g_x_hat
+        every_way = torch.addcmul(rows, through_all, weights.unsqueeze(1), value=-1)  # g - w * it
         return (every_way * (self.weight * rstd)).view(grad_out.shape)
 
     def scale_and_shift(self):

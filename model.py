@@ -35,10 +35,10 @@ class Vocabulary:
         counts = Counter(chain.from_iterable(texts))
         capitals = {char for char in counts if other_case(char) and char.isupper()}
         small = {char for char in counts if other_case(char)} - capitals
-        rarer = min(capitals, small, key=lambda case: sum(counts[char] for char in case))
-        chars = counts.keys() - rarer
-        if rarer:
-            chars |= {CASE_MARK} | {other_case(char) for char in rarer}
+        rarer_case = min(capitals, small, key=lambda case: sum(counts[char] for char in case))
+        chars = counts.keys() - rarer_case
+        if rarer_case:  # of "Eve" it is {"E"}, and chars become {"^", "e", "v"}
+            chars |= {CASE_MARK} | {other_case(char) for char in rarer_case}
         self.end = LINE_END if END in chars else END
         self.chars = self.end + "".join(sorted(chars))
         self.stoi = {char: i for i, char in enumerate(self.chars)}
@@ -90,7 +90,8 @@ def contexts_and_targets(tokens):
     """(..., T + 1) tokens -> contexts (..., T) and targets (...), int64."""
     contexts, targets = tokens[..., :-1].long(), tokens[..., -1].long()
     # What stands before the last end token is another name and becomes padding: "nn.em" is "...em".
-    return contexts * (contexts != 0).flip(-1).cumprod(-1).flip(-1), targets
+    own = (contexts != 0).flip(-1).cumprod(-1).flip(-1)  # 1 where no end token stands here or later
+    return contexts * own, targets
 
 
 SIZES = "vocab_size", "block_size", "n_embd", "n_hidden"  # of a network: its config
@@ -129,11 +130,11 @@ class WaveNet(nn.Sequential):
 def token_losses(net, tokens, scales=(1.0,)):
     """The loss of each of N windows (N, T + 1), in nats, in eval mode: (N, S).
 
-    Each of S scales multiplies what the network adds to its head's bias.
+    For each of S scales, that of the logits bias + scale * (logits - bias); bias is the head's.
     """
     bias, losses = getattr(net.eval()[-1], "bias", None), []
     bias = 0.0 if bias is None else bias
-    # In parts: what 8,192 windows take in the layers, or at most 128 MB of logits, is no burden.
+    # In parts that fit in memory: 8,192 windows, or at most 128 MB of logits.
     for part in tokens.split(min(8192, 2**25 // net.config["vocab_size"])):
         contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
         logits = fast.logits(net, contexts)
@@ -175,20 +176,21 @@ def load(path):
         fits &= len(quantiles) == 101 and quantiles == sorted(map(float, quantiles))
         weights = [*state.values(), torch.tensor(quantiles)]
         fits &= all(w.is_contiguous() and bool(w.isfinite().all()) for w in weights)
-        # No memory for weights that are only claimed; of your own layers, a 16th may be enough.
+        # A small file must not claim gigabytes. A network with layers of your own may have fewer
+        # weights than this sum: a 16th of them is enough.
         claimed = V * E + 2 * E * H + 2 * H * H * (T.bit_length() - 2) + H * V
         if fits and min(E, H) > 0 and claimed <= 16 * sum(w.numel() for w in weights):
             net = WaveNet(**config)
             if layer_names(net) == names:
                 net.load_state_dict(state)
                 return net.eval(), vocab, metadata
-            what = "has other layers than this model.py"
+            what = "has other layers than model.py"
     raise ValueError(f"{path} {what}: {advice}")
 
 
 @torch.no_grad()
 def load_pretrained(net, vocab, pretrained, pretrained_vocab):
-    """Copy what a trained network of the same sizes has learned -> {character: that it is from}.
+    """Copy what a trained network of the same sizes has learned -> {character: old character}.
 
     For these characters their vectors and rows of the head's weight, and every level between. The
     head's bias stays: it holds the frequencies of the new list.

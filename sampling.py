@@ -23,7 +23,7 @@ MAX_LENGTH = 1000  # characters of a name; a network that never ends one would g
 MAX_MISSES = 10**6  # draws in a row that find nothing, after which it gives up
 PAUSE = 2  # seconds until it says how many were found
 POOL = 20  # --best looks at so many times the names asked for
-NOT_FINITE = "the network's weights are too large or no numbers: train it anew"
+NOT_FINITE = "the network gives numbers that are not finite: train it again"
 
 
 # Drawing and scoring
@@ -58,6 +58,7 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MA
         tokens = torch.cat((tokens, column), 1)
         alive = alive[column[alive, 0] != 0]
     tokens[alive] = 0
+    # All as one text, which is split at the ends: decode() once, not n times.
     names = vocab.decode(tokens[:, T:].flatten().tolist()).split(vocab.end)
     return [name for name in names if 0 < len(name) <= max_length]
 
@@ -73,8 +74,9 @@ def score(net, vocab, names):
     if known:
         tokens = windows([names[i] for i in known], vocab, net.config["block_size"])
         ends = (tokens[:, -1] == 0).long()
+        name_ids = ends.cumsum(0) - ends  # how many names ended before each window
         sums = torch.zeros(len(known), dtype=torch.float64)
-        sums.index_add_(0, ends.cumsum(0) - ends, token_losses(net, tokens)[:, 0].double())
+        sums.index_add_(0, name_ids, token_losses(net, tokens)[:, 0].double())
         if not sums.isfinite().all():
             raise ValueError(NOT_FINITE)
         losses[known] = sums / torch.tensor([len(names[i]) + 1 for i in known])
@@ -86,6 +88,7 @@ def next_chances(net, vocab, text=""):
     """{character: its chance after `text`}, likeliest first; that of the end is under vocab.end."""
     T = net.config["block_size"]
     tokens = [0] * T + vocab.encode(text)
+    # What comes after the text, and after the text and a mark.
     after = net.eval()(torch.tensor([tokens[-T:], (tokens + [vocab.mark or 0])[-T:]])).softmax(1)
     chances = {}
     for char, (*mark, token) in vocab.tokens_of.items():  # p(mark) * p(letter) where it is marked
@@ -163,7 +166,7 @@ def sample_matching(args, net, vocab, known, n):
     """
     if args.temperature == 0:
         raise ValueError("--temperature 0 is always the likeliest character: that is --top-k 1")
-    start = normalize(f"{args.start}|")[:-1]  # blanks at its end count
+    start = normalize(f"{args.start}|")[:-1]  # so blanks at its end stay: "de " is a beginning
     fits, refused = fitting(args, start, known), set(known if args.new else ())
     torch.manual_seed(torch.seed() if args.seed is None else args.seed)
     batch, begin, pause = min(BATCH, 2**22 // len(vocab)), time.monotonic(), PAUSE
@@ -190,7 +193,7 @@ def sample_matching(args, net, vocab, known, n):
 
 def print_names(args, net, vocab, known):
     """Draw names and print them -> 1 when there are fewer than were asked for."""
-    n, in_list = args.num_samples, set() if args.new else set(known or ())  # --new draws none
+    n, in_list = args.num_samples, set() if args.new else set(known or ())
     names = sample_matching(args, net, vocab, known, n * (POOL if args.best else 1))
     if args.best:
         names = list(dict.fromkeys(names))

@@ -14,7 +14,7 @@ from plumbing.processes import log, rank, world_size
 from plumbing.recipe import smooth_targets, truncate, usual_temperature
 from sampling import generate, score
 
-VAL_WINDOWS, FINAL_WINDOWS = 25_000, 430_000  # measured at most: of each validation, at the end
+VAL_WINDOWS, FINAL_WINDOWS = 25_000, 430_000  # at most: in each validation; of a split at the end
 SCALES = [percent / 100 for percent in range(30, 136, 5)]  # of the logits, for calibrate()
 
 
@@ -22,7 +22,7 @@ SCALES = [percent / 100 for percent in range(30, 136, 5)]  # of the logits, for 
 
 
 def split(names):
-    """Distinct names -> {"train", "val", "test"}: shuffled; 80 %, the last 10 %, the rest."""
+    """Distinct names, shuffled -> {"train": the first 80 %, "test": 10 %, "val": the last 10 %}."""
     names = list(names)
     random.Random(42).shuffle(names)
     a, b = int(0.8 * len(names)), int(0.9 * len(names))
@@ -46,18 +46,16 @@ def minibatches(net, tokens, start, args):
     chunk = max(1, min(100, 2**22 // (args.batch_size * args.block_size)))
     own = slice(rank(), None, world_size())  # each process takes its own windows
     for first in range(start - start % chunk, args.steps, chunk):
-        # It depends on the step and --seed alone, so that a resumed training draws the same.
+        # The seed depends on --seed and the chunk alone: so a resumed training draws the same, from
+        # the beginning of its chunk, and skips the steps that are done.
         generator = torch.Generator().manual_seed(args.seed * 10**9 + first)
         drawn = torch.randint(len(tokens), (chunk, args.batch_size), generator=generator)
         contexts, targets = contexts_and_targets(tokens[drawn])
         contexts = truncate(contexts, args.truncate, generator)[:, own].to(args.device)
-        targets = targets[:, own].to(args.device)
-        if args.smoothing:
-            targets = (smoothed[ids] for ids in drawn[:, own])
-        batches = zip(fast.distinct_rows(net, contexts), targets)
-        for step, (rows, targets) in enumerate(batches, first):
-            if start <= step < args.steps:
-                yield rows, targets
+        targets, drawn = targets[:, own].to(args.device), drawn[:, own]
+        for i, rows in enumerate(fast.distinct_rows(net, contexts)):
+            if start <= first + i < args.steps:
+                yield rows, smoothed[drawn[i]] if args.smoothing else targets[i]
 
 
 # One step
@@ -98,7 +96,8 @@ def train_step(net, rows, targets, lr, parameters, weight_decay=0.0, pretrained=
 def update_average(average, net, n):
     """Polynomial-decay averaging, arXiv:1212.1824: the nth weights (n from 0) count 4 / (n + 4).
 
-    Earlier ones count less and less, so that the mean is one of about the last quarter of all.
+    1 / (n + 1) would be the plain mean of all. With 4, earlier ones count less and less, and it is
+    about that of the last quarter.
     """
     for mean, weight in zip(average.parameters(), net.parameters()):
         mean.lerp_(weight, 4 / (n + 4))
@@ -106,17 +105,18 @@ def update_average(average, net, n):
 
 @torch.no_grad()
 def train(net, average, vocab, data, args, run):
-    """SGD from run.step to args.steps, unless a signal stops it; run.best becomes what is kept.
+    """SGD from run.step to args.steps, unless a signal stops it. Raises ValueError for nan losses.
 
-    That is the average of least validation loss, of the second half of the steps or of those that
-    training started from. Raises ValueError when a loss is not finite.
+    run.best becomes the averaged weights of least validation loss. Candidates are the averages of
+    the second half of the steps and, with --init-from, the weights that training started from.
     """
     parameters = list(net.train().parameters())
     pretrained = [weight.to(args.device) for weight in run.pretrained]
     weight_decay = recipe.weight_decay(len(data["train"]), args.steps, bool(pretrained))
     eval_every = recipe.eval_every(len(data["val"]), args.steps)
+    # A case mark is a token, but not a character: there may be more nats per character than token.
     per_character = len(data["train"]) / n_characters(data["train"], vocab)
-    with run.watching():
+    with run.watching():  # a progress bar; Ctrl-C waits for the end of a step
         if pretrained and run.step == 0:  # what it starts from may remain best
             validate(average, vocab, data, args, run)
         for rows, targets in minibatches(net, data["train"], run.step, args):
@@ -124,13 +124,13 @@ def train(net, average, vocab, data, args, run):
             torch.manual_seed(-1 - args.seed * 10**9 - run.step)
             lr = learning_rate(run.step, args)
             loss = train_step(net, rows, targets, lr, parameters, weight_decay, pretrained)
-            run.record(loss * per_character)  # and count the step
+            run.record(loss * per_character)  # counts the step, for the curve in the picture
             last = run.step == args.steps
             if run.step % 10 == 0 or last:  # not at each step: neighbours are nearly the same
                 update_average(average, net, (run.step - 1) // 10)
             if run.step % eval_every == 0 or last:
                 validate(average, vocab, data, args, run)
-            if run.checkpoint():
+            if run.checkpoint():  # saves when it is time to; true after Ctrl-C
                 break
 
 
@@ -175,6 +175,7 @@ def recompute_statistics(net, tokens, batches):
         if hasattr(module, "running_mean"):
             module.train().num_batches_tracked.zero_()
             module.momentum = None  # the mean of all batches
+    # A short list has few distinct windows, which need no large batch.
     batch_size = min(8192, max(2048, len(tokens) // 4))
     for _ in range(batches):
         drawn = torch.randint(len(tokens), (batch_size,), generator=generator)
@@ -200,7 +201,7 @@ def validate(average, vocab, data, args, run):
 def finalize(config, best, data, vocab):
     """(network, scale): the best weights as they are written, without Dropout, logits scaled."""
     net = WaveNet(**config)
-    # By position: without Dropout the layers have other numbers, and so other names.
+    # By position: without Dropout, which needs no place in the file, layers have other numbers.
     net.load_state_dict(dict(zip(net.state_dict(), best["state_dict"].values(), strict=True)))
     recompute_statistics(net, data["train"], batches=16)
     _, scale = calibrate(net, data["val"], vocab)
@@ -271,7 +272,7 @@ def train_list(args, setup):
 def new_network(args, vocab, tokens, pretrained):
     """The network of the seed, on --device, or with what another one has learned: --init-from.
 
-    Its bias knows the frequencies, so that training need not unlearn rare tokens.
+    Its head's bias starts at the log frequencies, so that rare tokens need not be unlearned.
     """
     torch.manual_seed(args.seed)
     net = WaveNet(len(vocab), args.block_size, args.n_embd, args.n_hidden, args.dropout)
@@ -293,8 +294,8 @@ def finish(net, scale, vocab, parts, data, run):
     """
     losses = {part: evaluate(net, t[:FINAL_WINDOWS], vocab)[0] for part, t in data.items()}
     frequencies = token_counts(data["train"], vocab) / len(data["train"])
-    entropy = torch.special.entr(frequencies).sum().item()
-    unigram = entropy * len(data["train"]) / n_characters(data["train"], vocab)
+    per_token = torch.special.entr(frequencies).sum().item()  # the loss of these frequencies
+    unigram = per_token * len(data["train"]) / n_characters(data["train"], vocab)
     if not losses["train"] < unigram:
         what = f"has a loss of {losses['train']:.3f}, counting characters {unigram:.3f}"
         raise ValueError(f"the network learned nothing, it {what}: lower --lr, or more --steps")

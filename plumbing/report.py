@@ -17,7 +17,7 @@ SOFTWARE = "train.py, names character by character"  # by which our own pictures
 def describe(n_names, vocab, data, net, chosen):
     """Say what is about to happen."""
     counts = ", ".join(f"{part} {len(tokens):,}" for part, tokens in data.items())
-    log(f"{n_names:,} names, {len(vocab) - 1} tokens; windows: {counts}")
+    log(f"{n_names:,} names, {len(vocab)} tokens; windows: {counts}")
     flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
     parameters = sum(parameter.numel() for parameter in net.parameters())
     log(f"{parameters:,} parameters" + f"; what suits the list: {flags}" * bool(flags))

@@ -215,8 +215,8 @@ class Run:
             self.save()  # so whether it can be written shows before the work
         try:
             yield
-        except (ValueError, MemoryError, RuntimeError) as error:
-            # It diverged at once, or what it learned is refused.
+        except Exception as error:
+            # It failed before there was anything to lose, or what it learned is refused.
             refused = isinstance(error, ValueError) and self.step == self.args.steps
             if new and not rank() and (refused or not self.saved_step):
                 os.remove(self.setup.unfinished)

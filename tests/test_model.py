@@ -146,7 +146,7 @@ def test_save_and_load(tmp_path):
     assert content["layers"] == ["Embedding", *level * 3, "Linear"] and content["config"] == config
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
     write_checkpoint(path, content | {"layers": [*content["layers"][:-2], "ReLU", "Linear"]})
-    with pytest.raises(ValueError, match=r"model.pth has other layers than this model.py: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"model.pth has other layers than model.py: [^\n]*$"):
         model.load(path)
 
 
