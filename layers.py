@@ -158,7 +158,8 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training:
             return x
-        mask = x.new_empty(x.shape[-1]).bernoulli_(1 - self.p).div_(1 - self.p)
+        keep = 1 - self.p
+        mask = x.new_empty(x.shape[-1]).bernoulli_(keep).div_(keep or 1)  # Dropout(1) gives 0
         save_for_backward(self, mask)
         return x * mask
 
@@ -169,7 +170,8 @@ class Dropout(nn.Module):
 class CrossEntropyLoss(nn.Module):
     """Mean of -log softmax(logits)[target], in nats: logits (B, V), targets (B,) -> ().
 
-    If targets are probabilities (B, V), they weight a sum of this over the classes.
+    If targets are probabilities (B, V), they weight a sum of this over the classes. torch.nn's
+    also knows weights of classes, ignore_index, label_smoothing, sums and more dimensions.
     """
 
     def forward(self, logits, targets):

@@ -1,8 +1,9 @@
 """What a model is: the vocabulary, windows, the network, and the file that keeps all three."""
 
+import os
 import re
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from unicodedata import category
 
@@ -126,20 +127,39 @@ class WaveNet(nn.Sequential):
         return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(net):
+    """Inside, the network is in eval mode and has no gradients; afterwards as it was before."""
+    training = net.training
+    try:
+        with torch.no_grad():
+            yield net.eval()
+    finally:
+        net.train(training)
+
+
+def finite(x):
+    """The same tensor. Raises ValueError where a network gives what is not finite."""
+    if not x.isfinite().all():
+        raise ValueError("the network gives numbers that are not finite: train it again")
+    return x
+
+
 def token_losses(net, tokens, scales=(1.0,)):
     """The loss of each of N windows (N, T + 1), in nats, in eval mode: (N, S).
 
     For each of S scales, that of the logits bias + scale * (logits - bias); bias is the head's.
     """
-    bias, losses = getattr(net.eval()[-1], "bias", None), []
+    bias, losses = getattr(net[-1], "bias", None), []
     bias = 0.0 if bias is None else bias
-    # In parts that fit in memory: 8,192 windows, or at most 128 MB of logits.
-    for part in tokens.split(min(8192, 2**25 // net.config["vocab_size"])):
-        contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
-        logits = fast.logits(net, contexts)
-        log_probs = [(bias + scale * (logits - bias)).log_softmax(1) for scale in scales]
-        losses.append(torch.cat([-each.gather(1, targets.unsqueeze(1)) for each in log_probs], 1))
+    with evaluating(net):
+        # In parts that fit in memory: 8,192 windows, or at most 128 MB of logits.
+        for part in tokens.split(min(8192, 2**25 // net.config["vocab_size"])):
+            contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
+            logits = fast.logits(net, contexts)
+            scaled = (bias + scale * (logits - bias) for scale in scales)
+            chances = [-each.log_softmax(1).gather(1, targets.unsqueeze(1)) for each in scaled]
+            losses.append(torch.cat(chances, 1))
     return torch.cat(losses).cpu()
 
 
@@ -160,32 +180,47 @@ def save(path, net, vocab, metadata):
     write_checkpoint(path, dict(zip(CHECKPOINT, content)))
 
 
+def is_plausible(config, chars, metadata, size):
+    """Whether these may be those of a network whose file has `size` bytes. Nothing is built."""
+    if [type(each) for each in (config, chars, metadata)] != [dict, str, dict]:
+        return False
+    if {*config} != {*SIZES} or any(type(n) is not int or n < 1 for n in config.values()):
+        return False
+    V, T, E, H = (config[key] for key in SIZES)
+    # A small file must not claim gigabytes; but layers of your own may have fewer weights than
+    # these: up to 2^24, or 16 times as many as there may be in the file, four bytes each.
+    claimed = V * E + 2 * E * H + 2 * H * H * (T.bit_length() - 2) + H * V
+    fits = V == len(chars) and T <= MAX_BLOCK_SIZE and max(E, H) <= MAX_SIZE
+    quantiles = metadata.get("quantiles", [0.0] * 101)
+    fits &= type(quantiles) is list and len(quantiles) == 101
+    fits &= all(type(loss) is float and loss >= 0 for loss in quantiles)
+    # Terminals obey control characters.
+    fits &= "Cc" not in map(category, chars[1:].replace(CASE_MARK, ""))
+    return fits and claimed <= max(2**24, 4 * size) and Vocabulary([chars[1:]]).chars == chars
+
+
 def load(path):
     """path -> (the network in eval mode, its vocabulary, metadata). Runs no code from the file.
 
     Raises ValueError when there is no file, or it holds no network, or one of other layers.
     """
-    advice, what = "train a network with train.py first", "holds something else"
-    checkpoint = read_checkpoint(path, CHECKPOINT, advice)
-    config, chars, names, metadata, state = (checkpoint[key] for key in CHECKPOINT)
-    with suppress(Exception):  # missing keys, other types, shapes that do not fit
-        V, T, E, H = (config[key] for key in SIZES)
-        vocab, quantiles = Vocabulary([chars[1:]]), metadata.get("quantiles", [0.0] * 101)
-        fits = vocab.chars == chars and len(chars) == V and T <= MAX_BLOCK_SIZE
-        fits &= "Cc" not in map(category, chars[1:].replace(CASE_MARK, ""))  # terminals obey those
-        fits &= len(quantiles) == 101 and quantiles == sorted(map(float, quantiles))
-        weights = [*state.values(), torch.tensor(quantiles)]
-        fits &= all(w.is_contiguous() and bool(w.isfinite().all()) for w in weights)
-        # A small file must not claim gigabytes. A network with layers of your own may have fewer
-        # weights than this sum: a 16th of them is enough.
-        claimed = V * E + 2 * E * H + 2 * H * H * (T.bit_length() - 2) + H * V
-        if fits and min(E, H) > 0 and claimed <= 16 * sum(w.numel() for w in weights):
-            net = WaveNet(**config)
-            if layer_names(net) == names:
+    advice, what, net = "train a network with train.py first", "holds something else", None
+    content = read_checkpoint(path, CHECKPOINT, advice)
+    config, chars, layers, metadata, state = (content[key] for key in CHECKPOINT)
+    if is_plausible(config, chars, metadata, os.path.getsize(path)):
+        with suppress(Exception):  # whatever layers raise for sizes or weights that do not fit
+            net = WaveNet(**config).eval()
+            if layer_names(net) == layers:
                 net.load_state_dict(state)
-                return net.eval(), vocab, metadata
-            what = "has other layers than model.py"
-    raise ValueError(f"{path} {what}: {advice}")
+                what = None
+            else:
+                what = "has other layers than model.py"
+    if what:
+        raise ValueError(f"{path} {what}: {advice}")
+    with torch.no_grad():
+        for tensor in *state.values(), net(torch.zeros(1, config["block_size"], dtype=torch.int64)):
+            finite(tensor)
+    return net, Vocabulary([chars[1:]]), metadata
 
 
 @torch.no_grad()

@@ -1,21 +1,27 @@
 """Print new names, drawn character by character from a trained network."""
 
+from plumbing import cli
+
+if __name__ == "__main__":
+    cli.as_script()  # before torch is imported: that takes a second, in which Ctrl-C may come
+
 import bisect
 import math
 import os
 import time
 from functools import partial
 from itertools import islice
+from unicodedata import normalize as unicode_form
 
 import torch
 
-from model import load, token_losses, windows
-from plumbing import cli, fast, lists
+from model import evaluating, finite, load, token_losses, windows
+from plumbing import fast, lists
 from plumbing.cli import MODEL, NAMES, bounded, log, refuse_flags
 from plumbing.files import check_output
 from plumbing.filters import fitting, read_known
-from plumbing.lists import normalize
-from plumbing.page import write_page
+from plumbing.lists import key, normalize
+from plumbing.page import is_page, write_page
 from plumbing.recipe import usual_temperature
 
 BATCH = 20_000  # names drawn at once; 8,192 would take a tenth more time, 40,000 twice the memory
@@ -23,40 +29,39 @@ MAX_LENGTH = 1000  # characters of a name; a network that never ends one would g
 MAX_MISSES = 10**6  # draws in a row that find nothing, after which it gives up
 PAUSE = 2  # seconds until it says how many were found
 POOL = 20  # --best looks at so many times the names asked for
-NOT_FINITE = "the network gives numbers that are not finite: train it again"
 
 
 # Drawing and scoring
 
+composed = partial(unicode_form, "NFC")  # "é" as one character, as the vocabulary has it
 
-@torch.no_grad()
+
 def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MAX_LENGTH):
     """Draw n names that begin with `start`; return those of at most max_length characters.
 
     Each token is drawn from softmax(logits / temperature), with top_k from the top_k likeliest
     only. A name ends at the end token and is never cut: longer ones are dropped. Raises ValueError
-    when `start` holds the end token or an unknown character, or the weights are not finite.
+    when `start` holds the end token or an unknown character, or a logit is not finite.
     """
     if vocab.end in start:
         raise ValueError(f"a name cannot hold {vocab.end!r}, which marks its end")
     device, T = next(net.parameters()).device, net.config["block_size"]
-    tokens = torch.tensor([[0] * T + vocab.encode(start)]).repeat(n, 1)
+    tokens = torch.tensor([[0] * T + vocab.encode(composed(start))]).repeat(n, 1)
     alive = torch.arange(n)  # the names that have not come to their end
     longest = T + max_length * (2 if vocab.mark else 1)
-    while len(alive) and tokens.shape[1] <= longest:
-        logits = fast.logits(net.eval(), tokens[alive, -T:].to(device)).double().cpu()
-        if not logits.isfinite().all():
-            raise ValueError(NOT_FINITE)
-        if tokens.shape[1] == T:
-            logits[:, 0] = -math.inf  # a name has at least one character
-        if top_k is not None and top_k < len(vocab):
-            logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
-        # With the highest logit at 0, no temperature makes exp() overflow.
-        chances = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
-        column = torch.zeros(n, 1, dtype=torch.int64)
-        column[alive] = torch.multinomial(chances, 1)
-        tokens = torch.cat((tokens, column), 1)
-        alive = alive[column[alive, 0] != 0]
+    with evaluating(net):
+        while len(alive) and tokens.shape[1] <= longest:
+            logits = finite(fast.logits(net, tokens[alive, -T:].to(device)).double().cpu())
+            if tokens.shape[1] == T:
+                logits[:, 0] = -math.inf  # a name has at least one character
+            if top_k is not None and top_k < len(vocab):
+                logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+            # With the highest logit at 0, no temperature makes exp() overflow.
+            chances = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
+            column = torch.zeros(n, 1, dtype=torch.int64)
+            column[alive] = torch.multinomial(chances, 1)
+            tokens = torch.cat((tokens, column), 1)
+            alive = alive[column[alive, 0] != 0]
     tokens[alive] = 0
     # All as one text, which is split at the ends: decode() once, not n times.
     names = vocab.decode(tokens[:, T:].flatten().tolist()).split(vocab.end)
@@ -68,7 +73,7 @@ def score(net, vocab, names):
 
     It is infinite for a name with a character that the network does not know.
     """
-    chars = vocab.tokens_of.keys() - {vocab.end}
+    names, chars = list(map(composed, names)), vocab.tokens_of.keys() - {vocab.end}
     known = [i for i, name in enumerate(names) if chars >= set(name)]
     losses = torch.full((len(names),), math.inf, dtype=torch.float64)
     if known:
@@ -77,19 +82,18 @@ def score(net, vocab, names):
         name_ids = ends.cumsum(0) - ends  # how many names ended before each window
         sums = torch.zeros(len(known), dtype=torch.float64)
         sums.index_add_(0, name_ids, token_losses(net, tokens)[:, 0].double())
-        if not sums.isfinite().all():
-            raise ValueError(NOT_FINITE)
-        losses[known] = sums / torch.tensor([len(names[i]) + 1 for i in known])
+        losses[known] = finite(sums) / torch.tensor([len(names[i]) + 1 for i in known])
     return losses.tolist()
 
 
-@torch.no_grad()
 def next_chances(net, vocab, text=""):
     """{character: its chance after `text`}, likeliest first; that of the end is under vocab.end."""
     T = net.config["block_size"]
-    tokens = [0] * T + vocab.encode(text)
+    tokens = [0] * T + vocab.encode(composed(text))
     # What comes after the text, and after the text and a mark.
-    after = net.eval()(torch.tensor([tokens[-T:], (tokens + [vocab.mark or 0])[-T:]])).softmax(1)
+    contexts = torch.tensor([tokens[-T:], (tokens + [vocab.mark or 0])[-T:]])
+    with evaluating(net):
+        after = finite(net(contexts)).softmax(1)
     chances = {}
     for char, (*mark, token) in vocab.tokens_of.items():  # p(mark) * p(letter) where it is marked
         chances[char] = (after[0, mark[0]] * after[1, token] if mark else after[0, token]).item()
@@ -154,7 +158,7 @@ def run(args, given):
     if args.page:
         title = os.path.basename(args.data or (NAMES if known else args.model))
         temperature = usual_temperature(metadata.get("truncate"))
-        check_output(args.page, [args.model, args.data or NAMES])
+        check_output(args.page, is_page, [args.model, args.data or NAMES])
         return write_page(args.page, net, vocab, title, args.new and known, temperature)
     return print_names(args, net, vocab, known)
 
@@ -167,7 +171,8 @@ def sample_matching(args, net, vocab, known, n):
     if args.temperature == 0:
         raise ValueError("--temperature 0 is always the likeliest character: that is --top-k 1")
     start = normalize(f"{args.start}|")[:-1]  # so blanks at its end stay: "de " is a beginning
-    fits, refused = fitting(args, start, known), set(known if args.new else ())
+    keys = list(map(key, known)) if args.new else []
+    fits, refused = fitting(args, start, keys), set(keys)
     torch.manual_seed(torch.seed() if args.seed is None else args.seed)
     batch, begin, pause = min(BATCH, 2**22 // len(vocab)), time.monotonic(), PAUSE
     drawn = found = last = 0  # last: how many were drawn up to the last find
@@ -179,10 +184,10 @@ def sample_matching(args, net, vocab, known, n):
             raise ValueError(f"{args.model}: none of {size:,} names ended within {MAX_LENGTH:,}")
         drawn += size
         for name in map(normalize, names):
-            if found < n and name not in refused and fits(name):
+            if found < n and key(name) not in refused and fits(name):
                 found, last = found + 1, drawn
                 if args.new:
-                    refused.add(name)
+                    refused.add(key(name))
                 yield name
         if time.monotonic() - begin > pause:
             log(f"{found:,} of {n:,} names found among {drawn:,} drawn")
@@ -193,7 +198,7 @@ def sample_matching(args, net, vocab, known, n):
 
 def print_names(args, net, vocab, known):
     """Draw names and print them -> 1 when there are fewer than were asked for."""
-    n, in_list = args.num_samples, set() if args.new else set(known or ())
+    n, in_list = args.num_samples, set() if args.new else set(map(key, known or ()))
     names = sample_matching(args, net, vocab, known, n * (POOL if args.best else 1))
     if args.best:
         names = list(dict.fromkeys(names))
@@ -201,7 +206,7 @@ def print_names(args, net, vocab, known):
     found = repeated = 0
     for name in names:
         print(name)
-        found, repeated = found + 1, repeated + (name in in_list)
+        found, repeated = found + 1, repeated + (key(name) in in_list)
     if args.best and found < n:
         log(f"only {found:,} of {n:,} different names found")
     if repeated:

@@ -1,5 +1,10 @@
 """Train the network on a list of names and write model_state.pth."""
 
+from plumbing import cli
+
+if __name__ == "__main__":
+    cli.as_script()  # before torch is imported: that takes a second, in which Ctrl-C may come
+
 import copy
 import random
 from functools import partial
@@ -8,7 +13,7 @@ import torch
 
 import model
 from model import Vocabulary, WaveNet, contexts_and_targets, token_losses, windows
-from plumbing import cli, fast, lists, processes, recipe, report, runs
+from plumbing import fast, lists, processes, recipe, report, runs
 from plumbing.cli import NAMES, bounded
 from plumbing.processes import log, rank, world_size
 from plumbing.recipe import smooth_targets, truncate, usual_temperature

@@ -6,15 +6,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager, suppress
 
-import torch
-
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NAMES, MODEL = os.path.join(HERE, "names.txt"), os.path.join(HERE, "model_state.pth")
 STOP_SIGNALS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+script = False  # as_script() was called
 
 
 def log(message):
@@ -32,24 +32,60 @@ def bounded(kind, low, high, text):
     raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high}")
 
 
+def as_script():
+    """This process is the command itself, and ends with it: Ctrl-C leaves no traceback, also while
+    torch is imported, and nothing is flushed to a closed pipe at the end."""
+    global script
+    script = True
+
+    def hook(kind, error, trace):
+        if issubclass(kind, KeyboardInterrupt):
+            os._exit(130)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+@contextmanager
+def as_guest():
+    """Inside, output is UTF-8 and nothing warns; afterwards all is as the caller had it."""
+    import torch
+
+    stdout, threads = sys.stdout, torch.get_num_threads()
+    sys.stdout = stdout or open(os.devnull, "w")  # closed before the start
+    changes = hasattr(stdout, "reconfigure")  # a notebook's does not
+    if changes:
+        before = dict(encoding=stdout.encoding, errors=stdout.errors)
+        encoding = None if stdout.isatty() else "utf-8"
+        stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # from libraries: users could do nothing about them
+            yield
+    finally:
+        sys.stdout = stdout
+        torch.set_num_threads(threads)
+        with suppress(OSError):  # it flushes
+            if script:
+                sys.stdout = open(os.devnull, "w")
+            elif changes:
+                stdout.reconfigure(**before)
+
+
 def run_cli(function):
     """Exit with the status of function(); what a user can mend is one line on stderr, status 2."""
-    warnings.simplefilter("ignore")  # from libraries: users could do nothing about them
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed before the start
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-        encoding = None if sys.stdout.isatty() else "utf-8"
-        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     message = None
     try:
-        status = function()
-        sys.stdout.flush()
-    except (KeyboardInterrupt, OSError) as error:
-        if sys.stdout is sys.__stdout__:  # not a notebook's; nothing more is flushed at the end
-            sys.stdout = open(os.devnull, "w")
-        status = {KeyboardInterrupt: 130, BrokenPipeError: 141}.get(type(error), 2)
-        if status == 2:
-            what = error.filename or "standard output"
-            message = f"{what} cannot be used: {error.strerror or error}"
+        with as_guest():
+            status = function()
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = 141
+    except OSError as error:
+        what = error.filename or "standard output"
+        status, message = 2, f"{what} cannot be used: {error.strerror or error}"
     except (ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
@@ -84,6 +120,8 @@ def refuse_flags(names, why):
 
 def device(name):
     """An argparse type: a device of this machine."""
+    import torch
+
     here = ["cpu"] + [each for each in ("cuda", "mps") if getattr(torch, each).is_available()]
     if name not in here:
         uses = " or ".join(here)
@@ -92,8 +130,24 @@ def device(name):
 
 
 def command(*words):
-    """What to type for `python WORDS ...`."""
-    return f"python {subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)}"
+    """What to type for `python WORDS ...`, also where a path holds what cannot be printed."""
+    if os.name == "nt":
+        return f"python {subprocess.list2cmdline(words)}"
+    return " ".join(["python", *map(quoted, words)])
+
+
+def quoted(word):
+    data = os.fsencode(word)
+    if (text := data.decode(errors="surrogateescape")).isprintable():
+        return shlex.quote(text)
+    plain = {*range(32, 127)} - {*b"'\\"}
+    typed = (chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in data)
+    return f"$'{''.join(typed)}'"
+
+
+def as_value(path):
+    """A path as the value of a flag: not like a flag itself."""
+    return f"./{path}" if path.startswith("-") and path != "-" else path
 
 
 @contextmanager
@@ -108,6 +162,8 @@ def stop_signals():
             signal.raise_signal(signum)
 
     ours = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []  # signals only ever reach the main thread
     before = {signum: signal.signal(signum, handler) for signum in ours}
     try:
         yield received

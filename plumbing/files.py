@@ -19,21 +19,40 @@ def named(path):
         raise OSError(error.errno, error.strerror, path) from None
 
 
-def check_output(path, read):
-    """Raise ValueError when what is to be written is no file, or is among the paths to be read."""
+def check_output(path, is_ours, read=()):
+    """Raise ValueError unless there is nothing at `path`, or a file that this project wrote there.
+
+    is_ours(path) tells that of a file; the paths in `read` are never written.
+    """
     if os.path.realpath(path) in map(os.path.realpath, filter(None, read)):
         raise ValueError(f"{path} is to be read: write to another file")
     if os.path.lexists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a file: write to another one")
+    if os.path.lexists(path) and not is_ours(path):
+        raise ValueError(f"{path} is another kind of file: write to another one, or move it")
 
 
-def atomic_write(path, data):
+def holds(path, mark):
+    """Whether these bytes stand in a file."""
+    with named(path), open(path, "rb") as file:
+        return mark in file.read(2**26)
+
+
+def is_network(path):
+    """Whether a file is a network that train.py wrote, of this version or an earlier one."""
+    with suppress(ValueError):
+        return checkpoint(path, "").keys() >= {"config", "vocab", "state_dict"}
+    return False
+
+
+def atomic_write(path, data, own=""):
     """Write bytes so that a crash leaves either the old file or the whole new one.
 
-    A link stays a link, and a file keeps its permissions.
+    A link stays a link, and a file keeps its permissions. Where several processes may write the
+    same file at once, `own` tells their partial files apart.
     """
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{own}.partial")
     with named(path):
         try:
             partial.unlink(missing_ok=True)  # what stood there is not written through
@@ -56,23 +75,30 @@ def write_checkpoint(path, content):
     atomic_write(path, buffer.getvalue())
 
 
-def read_checkpoint(path, keys, advice):
-    """The dict with these keys that write_checkpoint() wrote. Runs no code from the file.
+def checkpoint(path, advice):
+    """The dict that write_checkpoint() wrote. Runs no code from the file.
 
-    Raises ValueError, which ends with the advice, when there is none, or it is damaged or another.
+    Raises ValueError, which ends with the advice, when there is no file, or it is damaged or
+    another's.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} is not a file: {advice}")
-    what, size = "is damaged, or was not written by train.py", os.path.getsize(path)
+    size = os.path.getsize(path)
     with open(path, "rb") as file, suppress(Exception):  # whatever zipfile and torch raise
         archive = zipfile.ZipFile(file)
         entries = archive.infolist()
         # zipfile checks all sums; these two fields have none. Nothing may be larger than the file.
         plain = all(entry.external_attr == entry.compress_type == 0 for entry in entries)
         if plain and sum(entry.file_size for entry in entries) <= size and not archive.testzip():
-            content = torch.load(path, "cpu", weights_only=True)
-            if content.keys() == set(keys):
-                return content
-            earlier = content.keys() & {"made", "origin"}
-            what = "was written by an earlier version" if earlier else "holds something else"
+            return dict(torch.load(path, "cpu", weights_only=True))
+    raise ValueError(f"{path} is damaged, or was not written by train.py: {advice}")
+
+
+def read_checkpoint(path, keys, advice):
+    """checkpoint(), with these keys: ValueError when it has others."""
+    content = checkpoint(path, advice)
+    if content.keys() == set(keys):
+        return content
+    earlier = content.keys() & {"made", "origin"}
+    what = "was written by an earlier version" if earlier else "holds something else"
     raise ValueError(f"{path} {what}: {advice}")

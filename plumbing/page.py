@@ -10,7 +10,7 @@ import torch
 import layers
 from plumbing.cli import log
 from plumbing.fast import is_stack_of
-from plumbing.files import atomic_write
+from plumbing.files import atomic_write, holds
 
 LAYERS = (
     layers.Embedding,
@@ -52,12 +52,19 @@ def page_layers(net):
     return [{k: packed(v) if torch.is_tensor(v) else v for k, v in e.items()} for e in stack]
 
 
+def is_page(path):
+    """Whether a file is a page that write_page() wrote: the template holds no network."""
+    return holds(path, b'id="network">{')
+
+
 def write_page(path, net, vocab, title, names, temperature=1.0):
     """Fill page.html with the network, and with the list where only new names are wanted."""
     if not is_stack_of(net, LAYERS):
         raise ValueError("--page knows only the layers of layers.py, and this network has others")
     with open(TEMPLATE, encoding="utf-8") as file:
-        page = file.read()
+        before, mark, after = file.read().partition('id="network">null<')
+    if not mark:
+        raise ValueError(f"{TEMPLATE} has no place for the network: get it anew")
     network = {"config": net.config, "chars": list(vocab.chars), "mark": vocab.mark or -1}
     network |= {"title": title, "temperature": temperature, "layers": page_layers(net)}
     if names:
@@ -65,4 +72,5 @@ def write_page(path, net, vocab, title, names, temperature=1.0):
         names = base64.b64encode(gzip.compress("\n".join(names).encode(), mtime=0)).decode()
     network["names"] = names
     filled = json.dumps(network).replace("<", "\\u003c")  # no text in it ends the script
-    atomic_write(path, page.replace('id="network">null<', f'id="network">{filled}<').encode())
+    page = f'{before}id="network">{filled}<{after}'
+    atomic_write(path, page.encode(), own=f".{os.getpid()}")

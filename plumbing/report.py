@@ -3,12 +3,11 @@
 import io
 import os
 import sys
-from contextlib import suppress
 
 from tqdm import tqdm
 
 from plumbing import cli
-from plumbing.files import atomic_write
+from plumbing.files import atomic_write, holds
 from plumbing.processes import log, rank
 
 SOFTWARE = "train.py, names character by character"  # by which our own pictures are known
@@ -49,11 +48,9 @@ def validation(bar, step, steps, curve, name):
         log(f"step {step:,} of {steps:,}: {message}")
 
 
-def check_picture(path):
-    """Raise ValueError when a picture stands there that is not ours to replace."""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        if SOFTWARE.encode() not in file.read(4096):
-            raise ValueError(f"{path} is not from train.py: choose another --out, or move it")
+def is_picture(path):
+    """Whether a file is a picture that plot() wrote."""
+    return holds(path, SOFTWARE.encode())
 
 
 def plot(path, title, curves, kept, steps):
@@ -78,19 +75,21 @@ def plot(path, title, curves, kept, steps):
 
 def finished(run, losses, scale, temperature, names):
     """Draw the picture, and print the losses, a few names, and the command that draws more."""
-    args, kept = run.args, run.best["step"]
+    args, kept, written = run.args, run.best["step"], run.setup.out
+    title = os.fsencode(os.path.basename(args.data)).decode(errors="replace")
     try:
-        title = os.path.basename(args.data)
         plot(run.setup.picture, title, run.curves, (kept, losses["val"]), args.steps)
+        written += f" and {run.setup.picture}"
     except Exception as error:  # whatever matplotlib may stumble over, the network is what counts
-        log(f"no picture: {error}")
+        log(f"no picture: {str(error)[:200]}")
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats per character")
     print(f"kept: averaged weights of step {kept:,}, logits scaled by {scale:.2f}")
     print("\n".join(names))
-    print(f"written: {run.setup.out} and {run.setup.picture}\nnext:")
-    words = ["--model", args.out] * bool(args.out) + ["--new"]
-    words += ["--data", args.data] * (args.data != cli.NAMES)
+    print(f"written: {written}\nnext:")
+    words = ["--model", cli.as_value(args.out)] if args.out else []
+    words += ["--new"]
+    words += ["--data", cli.as_value(args.data)] * (args.data != cli.NAMES)
     words += ["--column", args.column] * bool(args.column)
     words += ["--temperature", str(temperature)] * (temperature < 1)
     print(cli.command("sampling.py", *words), flush=True)  # before the state is removed

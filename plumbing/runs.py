@@ -42,35 +42,27 @@ def start(parser, argv, train_list):
     out = output_path(args, given)
     setup = Setup(out, f"{out}.unfinished", f"{out.removesuffix('.pth')}.png")
     lock = f"{setup.unfinished}.lock"
+    if args.resume:
+        others = given.keys() - {"resume", "out", *FREE_ARGS}
+        refuse_flags(others, "cannot go with --resume, which knows its flags")
+        state = files.read_checkpoint(setup.unfinished, STATE, "there is nothing to resume")
+        parser.set_defaults(**state["args"])
+        args, setup = parser.parse_args(argv), setup._replace(state=state)
+    check_files(args, setup, lock)
     with processes.process_group(args.device), nullcontext() if rank() else locked(lock):
-        if args.resume:
-            others = given.keys() - {"resume", "out", *FREE_ARGS}
-            refuse_flags(others, "cannot go with --resume, which knows its flags")
-            state = files.read_checkpoint(setup.unfinished, STATE, "there is nothing to resume")
-            parser.set_defaults(**saved_flags(state, setup.unfinished))
-            args, setup = parser.parse_args(argv), setup._replace(state=state)
-        elif os.path.exists(setup.unfinished):
+        if not args.resume and os.path.exists(setup.unfinished):
             what = "is an unfinished training: add --resume, or delete it"
             raise ValueError(f"{setup.unfinished} {what}")
-        elif args.init_from:
+        if args.init_from:
             others = given.keys() & {*SIZES}
             refuse_flags(others, f"is that of {args.init_from}: leave it out")
             setup = setup._replace(pretrained=model.load(args.init_from))
             vars(args).update({name: setup.pretrained[0].config[name] for name in SIZES})
-        check_files(args, setup)
         signum = train_list(args, setup)
         if signum:
-            words = ["train.py", "--resume"] + (["--out", args.out] if args.out else [])
-            log(f"stopped; to go on: {cli.command(*words)}")
+            words = ["--out", cli.as_value(args.out)] if args.out else []
+            log(f"stopped; to go on: {cli.command('train.py', '--resume', *words)}")
     return signum and 128 + signum
-
-
-def saved_flags(state, unfinished):
-    """The flags of a saved state, as text, which argparse checks like those of a command line."""
-    with suppress(KeyError, TypeError):
-        flags = {name: state["args"][name] for name in [*RUN_ARGS, *FREE_ARGS]}
-        return {name: str(value) for name, value in flags.items() if value is not None}
-    raise ValueError(f"{unfinished} holds something else: delete it and train anew")
 
 
 def output_path(args, given):
@@ -89,12 +81,13 @@ def output_path(args, given):
     return out
 
 
-def check_files(args, setup):
+def check_files(args, setup, lock):
     """Raise ValueError when what would be written is to be read, or is not ours to replace."""
-    files.check_output(setup.out, [args.data])  # it may start from itself
-    for path in setup.picture, setup.unfinished, f"{setup.unfinished}.lock":
-        files.check_output(path, [args.data, args.init_from])
-    report.check_picture(setup.picture)
+    files.check_output(setup.out, files.is_network, [args.data])  # it may start from itself
+    read = [args.data, args.init_from]
+    files.check_output(setup.picture, report.is_picture, read)
+    files.check_output(setup.unfinished, lambda path: True, read)  # start() asks to resume it
+    files.check_output(lock, lambda path: os.path.getsize(path) == 0, read)
 
 
 @contextmanager
@@ -139,26 +132,14 @@ class Run:
         self.state_dict, self.average = dict(net.state_dict()), dict(average.state_dict())
 
     def restore(self, state, net, average):
-        """Load a saved state. Raises ValueError when it is another training's, or forged."""
-        unfinished, steps = self.setup.unfinished, self.args.steps
+        """Load a saved state. Raises ValueError when it is another training's."""
+        unfinished = self.setup.unfinished
         if state["names"] != self.names:
             raise ValueError(f"{unfinished} is of another list than --data")
         if state["layers"] != self.layers:
             raise ValueError(f"{unfinished} has other layers than model.py: delete it, train anew")
-        try:
-            best, curves = state["best"], state["curves"]
-            for weights in best["state_dict"], state["average"]:
-                average.load_state_dict(weights)
-            net.load_state_dict(state["state_dict"])
-            shapes = [weight.shape for weight in net.parameters()]
-            fits = [weight.shape for weight in state["pretrained"]] in ([], shapes)
-            fits &= 0 <= best["step"] <= state["step"] <= steps and best["loss"] > 0
-            fits &= math.isfinite(state["loss_sum"])
-            fits &= all(len(point) == 2 for point in curves["train"] + curves["val"])
-        except Exception:  # whatever is missing there, or of another type
-            fits = False
-        if not fits:
-            raise ValueError(f"{unfinished} holds something else: delete it and train anew")
+        net.load_state_dict(state["state_dict"])
+        average.load_state_dict(state["average"])
         for name in "step", "loss_sum", "best", "curves", "pretrained":
             setattr(self, name, state[name])
 
@@ -211,15 +192,17 @@ class Run:
     def resumable(self):
         """Inside there is a saved state; afterwards, only where there is work to resume."""
         new = not self.setup.state
-        if new and not rank():
-            self.save()  # so whether it can be written shows before the work
         try:
+            if new and not rank():
+                self.save()  # so whether it can be written shows before the work; and twice, as
+                self.save()  # the old one stays until the new one is whole
             yield
         except Exception as error:
             # It failed before there was anything to lose, or what it learned is refused.
             refused = isinstance(error, ValueError) and self.step == self.args.steps
             if new and not rank() and (refused or not self.saved_step):
-                os.remove(self.setup.unfinished)
+                with suppress(FileNotFoundError):
+                    os.remove(self.setup.unfinished)
             raise
         if not self.signum and not rank():
             os.remove(self.setup.unfinished)

@@ -2,6 +2,7 @@
 and any moment of it, slow windows, and the network in layers of torch.nn.
 """
 
+import io
 import os
 import subprocess
 import sys
@@ -62,7 +63,9 @@ NAMES = ["".join(name) for name in product("kmrst", "aeio", "ln", ["", "a", "is"
 SIZES = "--batch-size 8 --block-size 4 --n-embd 4 --n-hidden 8".split()
 SMALL = [*SIZES, *"--steps 120 --checkpoint-every 35 --lr 0.3 --dropout 0.1".split()]
 LEFT = ["names.txt", "own.png", "own.pth"]  # after a training there is no other file
-OLD = b"an older network"
+buffer = io.BytesIO()
+torch.save({"config": {}, "vocab": ".ab", "made": {}, "state_dict": {}}, buffer)
+OLD = buffer.getvalue()  # as earlier versions wrote them: what a training may replace
 
 
 def fill(folder):

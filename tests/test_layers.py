@@ -103,6 +103,7 @@ def test_dropout(p, seed):
         assert_close(layer.backward(x), x * kept / (1 - p))
         assert not torch.equal(layer(x), y)
     assert layer.eval()(x) is x
+    assert torch.equal(layers.Dropout(1.0)(x), nn.Dropout(1.0)(x))
 
 
 @pytest.mark.parametrize(

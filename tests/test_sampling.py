@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from torch.nn import functional as F
 
 import sampling
-from model import Vocabulary, save
+from model import Vocabulary, save, token_losses, windows
 
 PLAIN, TITLE = Vocabulary(["abc"]), Vocabulary(["Aabb"])
 NETS = {vocab: random_net(5, len(vocab), 4, 3, 6).eval() for vocab in (PLAIN, TITLE)}
@@ -93,6 +93,22 @@ def test_scores_are_cross_entropies_per_character_of_the_name(vocab):
             contexts, targets = map(torch.tensor, zip(*slow_windows([name], vocab, 4)))
             expected = F.cross_entropy(NETS[vocab](contexts), targets, reduction="sum")
             assert loss == pytest.approx(expected.item() / (len(name) + 1))
+
+
+def test_decomposed_letters_are_composed_ones_and_the_mode_stays():
+    """In Python as on the command line; and a network in training stays so, with no gradients."""
+    vocab = Vocabulary(["né"])
+    net = random_net(3, len(vocab), 4, 3, 6)
+    for mode in True, False:
+        net.train(mode)
+        assert sampling.score(net, vocab, ["ne\u0301"]) == sampling.score(net, vocab, ["né"])
+        both = [sampling.next_chances(net, vocab, text) for text in ("e\u0301", "é")]
+        assert both[0] == both[1]
+        drawn = sampling.generate(net, vocab, 9, start="e\u0301", max_length=20)
+        assert all(name.startswith("é") for name in drawn)
+        token_losses(net, windows(["né"], vocab, 4))
+        assert all(module.training == mode for module in net.modules())
+        assert all(weight.grad is None for weight in net.parameters())
 
 
 def test_score_prints_a_line_for_each_line(tiny, tmp_path):

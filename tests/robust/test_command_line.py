@@ -4,17 +4,34 @@ import io
 import ntpath
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import warnings
 
 import pytest
-from helpers import NAMES, ROOT, at, command, forked, result, run, signals, training
+import torch
+from helpers import (
+    NAMES,
+    ROOT,
+    SMALL,
+    at,
+    command,
+    failure,
+    forked,
+    result,
+    run,
+    signals,
+    training,
+)
 
 import sampling
 import train
 from plumbing import cli
+from plumbing import page as plumbing_page
 from plumbing.report import SOFTWARE
 
 
@@ -99,7 +116,7 @@ def test_names_are_utf8_wherever_stdout_is_no_terminal(tmp_path, encoding):
     kwargs = dict(env=env, encoding="utf-8", errors="surrogateescape")
     process = run("train.py", *command(folder), cwd=tmp_path, **kwargs)
     assert process.returncode == 0, process.stderr
-    assert "ë" in process.stdout and "\\x" not in process.stdout
+    assert "ë" in process.stdout and "mé mo żż" in process.stdout and "\\x" not in process.stdout
     model = "--model", folder / "own.pth"
     process = run("sampling.py", *model, "-n", 90, cwd=folder, **kwargs)
     assert (process.returncode, process.stderr) == (0, "")
@@ -218,13 +235,72 @@ def test_an_empty_value_is_refused(folder, refused, flag):
     assert (ROOT / "model_state.pth").read_bytes() == shipped
 
 
-def test_a_page_replaces_nothing_that_it_reads(trained, tmp_path, refused):
-    own, page = tmp_path / "own.pth", tmp_path / "page.html"
-    own.write_bytes((trained / "own.pth").read_bytes())
-    refused(sampling.main, ["--model", own, "--page", own], "own.pth")
+def test_a_page_replaces_only_pages(trained, tmp_path, refused):
+    """Not what it reads, not the template, no network, state or list; a page again and again."""
+    own, page, template = tmp_path / "own.pth", tmp_path / "page.html", tmp_path / "template.html"
+    shutil.copy(trained / "own.pth", own)
+    shutil.copy(trained / "own.pth", tmp_path / "other.pth")
+    shutil.copy(trained / "names.txt", tmp_path / "list.txt")
+    shutil.copy(ROOT / "plumbing/page.html", template)
+    (tmp_path / "empty.html").touch()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in before:
+        refused(sampling.main, ["--model", own, "--page", path], path.name)
     os.mkfifo(page)
     refused(sampling.main, ["--model", own, "--page", page], "page.html")
-    assert own.read_bytes() == (trained / "own.pth").read_bytes() and page.is_fifo()
+    assert {path: path.read_bytes() for path in before} == before and page.is_fifo()
+    page.unlink()
+    for _ in range(2):  # equal pages are equal bytes
+        sampling.main(
+            [
+                "--model",
+                str(own),
+                "--page",
+                str(page),
+                "--new",
+                "--data",
+                str(tmp_path / "list.txt"),
+            ]
+        )
+        before[page] = before.get(page, page.read_bytes())
+    assert page.read_bytes() == before[page]
+
+
+def test_a_template_without_its_place_is_an_error(trained, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(plumbing_page, "TEMPLATE", str(trained / "names.txt"))
+    page = tmp_path / "page.html"
+    refused(sampling.main, ["--model", trained / "own.pth", "--page", page], "no place")
+    assert not page.exists()
+
+
+def test_pages_that_are_written_at_once_are_all_written(trained, tmp_path):
+    args = "--model", trained / "own.pth", "--page", tmp_path / "page.html"
+    pids = []
+    for _ in range(8):
+        if not (pid := os.fork()):
+            os._exit(any(forked(sampling.main, *args).returncode for _ in range(5)))
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 8
+    assert os.listdir(tmp_path) == ["page.html"]
+
+
+def test_what_is_printed_to_be_typed_works_as_it_stands(folder, monkeypatch):
+    """For paths that look like flags, that are no UTF-8, that hold a quote or a line's end."""
+    monkeypatch.chdir(folder)
+    for name in ["-x", os.fsdecode(b"caf\xe9"), "it's", "a\nb $HOME"]:
+        os.rename("names.txt", f"{name}.txt")
+        flags = f"--data=./{name}.txt", f"--out={name}.pth", "--steps", "40"
+        process = run("train.py", *SMALL, *flags, cwd=folder)
+        assert process.returncode == 0, process.stderr
+        typed = process.stdout.splitlines()[-1].replace("python sampling.py", '"$0" "$1"')
+        shell = ["bash", "-c", typed, sys.executable, str(ROOT / "sampling.py")]
+        process = subprocess.run(shell, cwd=folder, capture_output=True, text=True)
+        assert (process.stderr, len(process.stdout.splitlines())) == ("", 20), typed
+        assert os.path.exists(f"{name}.png")
+        os.rename(f"{name}.txt", "names.txt")
+
+
+# A guest in somebody's session
 
 
 def test_a_notebook_keeps_its_output(monkeypatch, capsys):
@@ -235,3 +311,66 @@ def test_a_notebook_keeps_its_output(monkeypatch, capsys):
     assert sys.stdout is stream
     sampling.main(["-n", "2"])
     assert len(stream.getvalue().split()) == 2
+
+
+def session():
+    """What a call must leave as it was."""
+    out = sys.stdout, sys.stderr, sys.stdout.encoding, sys.stdout.errors
+    handlers = [signal.getsignal(signum) for signum in sorted(cli.STOP_SIGNALS)]
+    return *out, list(warnings.filters), torch.get_num_threads(), handlers, sys.excepthook
+
+
+CALLS = [  # what is called, where it is interrupted by an error, and its status
+    (sampling.main, "-n 3", None, None),
+    (sampling.main, "-n 3 --threads 2", None, None),
+    (sampling.main, "--new --data none.txt", None, 2),
+    (sampling.main, "-n 3", KeyboardInterrupt(), 130),
+    (sampling.main, "-n 3", BrokenPipeError(), 141),
+    (sampling.main, "-n 3", OSError(28, "No space left on device"), 2),
+    (sampling.main, "-n 3", KeyError("a fault"), KeyError),
+    (train.main, "", None, None),
+    (train.main, "--threads 2 --lr 1000", None, 2),
+]
+
+
+@pytest.mark.parametrize("main, flags, error, status", CALLS, ids=range(len(CALLS)))
+def test_a_call_leaves_the_session_as_it_was(folder, trained, main, flags, error, status):
+    """And what is printed after it is seen."""
+    args = command(folder) if main is train.main else ["--model", str(trained / "own.pth")]
+
+    def check(argv):
+        before, seen = session(), None
+        try:
+            if error:
+                at("sampling.generate", 1, failure(error))()
+            main([*args, *flags.split()])
+        except (SystemExit, KeyError) as end:
+            seen = end.code if type(end) is SystemExit else type(end)
+        finally:
+            sys.setprofile(None)
+        assert session() == before and seen == status, seen
+        print("and on it goes")
+
+    process = forked(check)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith("and on it goes\n")
+
+
+def test_a_training_in_a_thread_trains(folder, trained):
+    def check(argv):
+        thread = threading.Thread(target=train.main, args=(command(folder),))
+        thread.start()
+        thread.join()
+
+    process = forked(check)
+    assert process.returncode == 0, process.stderr
+    assert result(folder) == result(trained)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sampling.py"])
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(script, tmp_path):
+    """A torch that waits for it."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = run(script, env=env)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")

@@ -366,3 +366,41 @@ def test_out_is_no_file_that_is_read_and_no_device(folder, trained, refused):
     first = ["--init-from", folder / "first.png", "--out", folder / "first.pth"]
     refused(train.main, ["--data", folder / "names.txt", *first], "first.png is to be read")
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["own.pth", "own.png", "own.pth.unfinished.lock"])
+def test_a_list_is_never_replaced_whatever_its_name(folder, refused, name):
+    """Not as what is read, and not as what just stands there."""
+    text = (folder / "names.txt").read_text()
+    (folder / name).write_text(text)
+    for data in name, "names.txt":
+        args = ["--data", folder / data, "--out", folder / "own.pth"]
+        refused(train.main, args, name)
+        assert (folder / name).read_text() == text and os.listdir(folder).count(name) == 1
+    assert not (folder / "own.pth.unfinished").exists()
+
+
+def test_an_empty_lock_that_a_killed_process_left_is_taken_and_removed(folder, trained):
+    (folder / "own.pth.unfinished.lock").touch()
+    assert training(folder).returncode == 0
+    assert result(folder) == result(trained) and sorted(os.listdir(folder)) == LEFT
+
+
+def test_networks_of_all_versions_are_replaced_and_other_checkpoints_are_not(folder, refused):
+    torch.save({"model": {}, "optimizer": {}}, folder / "own.pth")
+    before = (folder / "own.pth").read_bytes()
+    refused(train.main, command(folder), "own.pth is another kind of file")
+    assert (folder / "own.pth").read_bytes() == before
+    (folder / "own.pth").write_bytes(OLD)
+    assert training(folder).returncode == 0
+    assert training(folder).returncode == 0  # over a network of this version
+
+
+def test_room_for_one_state_but_not_for_two_is_said_before_the_first_step(folder):
+    def before():
+        at("posix.replace", 2, failure(OSError(28, "No space left on device")))()
+
+    process = training(folder, before=before)
+    last = last_line(process)
+    assert "own.pth.unfinished cannot be used: No space left on device" in last
+    assert "val " not in process.stderr.splitlines()[1] and nothing_happened(folder)

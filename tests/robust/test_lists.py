@@ -5,7 +5,9 @@ import json
 import os
 import random
 import subprocess
+import sys
 import zipfile
+from collections import Counter
 from unicodedata import normalize as form
 
 import pytest
@@ -80,7 +82,9 @@ def lists_that_people_bring():
     ):
         yield script, ["".join(chr(first + ord(c) % 20) for c in name) for name in made]
     yield "quotes", ['"' * (i % 5 == 0) + name + "'s" * (i % 7 == 0) for i, name in enumerate(made)]
-    yield "brackets", ["[x]"] + [name + " [the old]" for name in made]
+    yield "apostrophes", ["O’" * (i % 2) + name + " l'a-b." for i, name in enumerate(made)]
+    yield "Hebrew", ["בת־" + name + "׳" for name in made]
+    yield "comments", ["# elves, of all kinds", "1,2"] + made + ["[end]"]
     yield "one", ["anna"]
 
 
@@ -105,27 +109,51 @@ def test_encodings_and_line_ends_of_all_systems(listed):
         assert listed(data) == (["zoë", "anna", "żółć"], [])
 
 
+def test_names_are_the_same_in_other_letters_blanks_and_apostrophes(listed):
+    """The first form is kept as it was written, with one blank where there were several."""
+    text = "Rae,RAE,rae,San  Juan,san\u00a0juan,San Juan,O’Lehna,O'Lehna,Éve,e\u0301ve"
+    names, messages = listed(text.replace(",", "\n"))
+    assert names == ["Rae", "San Juan", "O’Lehna", "Éve"]
+    assert messages == ["6 repeated rows count once"]
+
+
+def test_a_name_of_the_list_is_not_new_in_other_letters(trained, tmp_path):
+    """Nor near to it: what is drawn are small letters, the list has capitals."""
+    text = (trained / "names.txt").read_text()
+    (tmp_path / "capitals.txt").write_text(text.upper())
+    args = "--model", trained / "own.pth", "--data", tmp_path / "capitals.txt", "-n", 300
+    process = forked(sampling.main, *args, "--new")
+    assert not {*process.stdout.split()} & {*text.split()} and len(process.stdout) > 1000
+    process = forked(sampling.main, *args, "--min-edits", 2, "--max-length", 4)
+    far = process.stdout.split()
+    assert far and not any(
+        name[:i] + name[i + 1 :] in text.split() for name in far for i in range(4)
+    )
+
+
 # Tables
 
 ROWS = [("Sophia", "F", "21147"), ("O'Neil, Ann", "F", "12"), ('Kate "Kit"', "M", "9")]
 CSV = 'Sophia,F,21147\n"O\'Neil, Ann",F,12\n"Kate ""Kit""",M,9\n'
 
 
-@pytest.mark.parametrize("delimiter", ",;\t")
+@pytest.mark.parametrize("delimiter", ",;|~\t")
 def test_a_column_is_taken_by_its_number_or_its_heading(listed, delimiter):
     rows = [['"' + field.replace('"', '""') + '"' for field in row] for row in ROWS]
     text = "\n".join(delimiter.join(row) for row in [["name", "sex", "births"], *rows])
-    assert listed(text, "name")[0] == [row[0] for row in ROWS]
-    assert listed(text, "births")[0] == ["21147", "12", "9"]
+    assert listed(text, "name") == ([row[0] for row in ROWS], ["column 1 of 3"])
+    assert listed(text, "births") == (["21147", "12", "9"], ["column 3 of 3"])
     assert listed(text, "1")[0] == ["name", *(row[0] for row in ROWS)]
-    assert listed(text, "2")[0] == ["sex", "F", "M"]
+    assert listed(text, "2") == (["sex", "F", "M"], ["column 2 of 3", "1 repeated rows count once"])
 
 
-def test_a_column_that_is_not_there_is_said(no_list):
-    for column in "4", "name", "-1", "²", "1.5", "":
-        no_list(CSV, column=column)
+def test_a_column_that_is_not_there_is_said(listed, no_list):
+    for column in "0.5", "4", "name", "-1", "²", "1.5", "":
+        no_list(CSV, "3 columns" if column == "4" else "no column", column=column)
     no_list("", column="name")
     no_list('anna,"' + "b" * 140_000, column="1")
+    no_list("anna\nbob\n", "it has one column", column="1")
+    assert listed("name\nanna\nbob\n", "name") == (["anna", "bob"], [])
 
 
 def test_the_delimiter_is_the_one_that_the_rows_share(listed):
@@ -142,28 +170,57 @@ def test_a_name_may_begin_like_an_archive(listed):
     assert listed("PKal\nkal\n")[0] == ["PKal", "kal"]
 
 
-def rows(pattern):
-    return "".join(pattern.format(i=i, name=name) for i, name in enumerate(NAMES))
+COLUMN, OUT, NUMBERS, ALONE = "--column 1", "take it out", "numbers out", "save the names alone"
+PATTERNS = {
+    COLUMN: ["{name},{i}", "{name};F", "{name}|F", "{name}~F", "{name}\t{i}", "{i}\t{name}"]
+    + ["{name}, spirit of winter", "{name}, a, b, c, d, e, f", "{name}, {i}"],
+    OUT: ["- {name}", "* {name}", "• {name}", "* [[{name}]]", '"{name}"', "'{name}'", "key={name}"]
+    + ["{name} # check", "({name})", "{name}:", "_{name}_", "#{name}", "-{name}", ".{name}"],
+    NUMBERS: ["{i}. {name}", "{i} {name}", "{name} {i}", "({i}) {name} 7", "{name} 0.753 6.692 4"]
+    + ["{name} {i}%", "{name} {i}.", "{i}) {name}", "#{i} {name} 3"],
+    ALONE: ["<li>{name}</li>", '{{"name": "{name}"}}', "[[{name}]]", '["{name}"],'],
+}
+KINDS = [(pattern, what) for what, patterns in PATTERNS.items() for pattern in patterns]
 
 
-TABLES = [CSV, CSV.replace(",", ";"), "name,sex\n" + rows("{name},F\n"), json.dumps(NAMES)]
-TABLES += map(
-    rows, ("{name}\t{i}\n", "{i}. {name}\n", "{i} {name}\n", "{name} {i}\n", "{name}, {i}\n")
-)
-TABLES += [json.dumps({"names": NAMES}), json.dumps([{"name": name} for name in NAMES], indent=1)]
+@pytest.mark.parametrize("pattern, what", KINDS)
+def test_what_is_no_list_is_refused_with_a_row_and_what_to_do(listed, no_list, pattern, what):
+    """Where nine rows in ten are such; and read where fewer are, or with --column 0."""
+    rows = [pattern.format(i=i, name=name) for i, name in enumerate(NAMES, 1)]
+    text = "\n".join(rows)
+    no_list(text, repr(rows[0])[1:-1], what, "(--column 0)")
+    no_list("\n".join([*rows, *NAMES[:20]]), what)
+    if "\t" in text:
+        no_list(text, "control characters", column="0")
+    else:
+        assert listed(text, "0")[0] == rows
+        assert what == ALONE or listed("\n".join([*NAMES[:80], *rows]))[0][80:] == rows
 
 
-@pytest.mark.parametrize("text", TABLES)
-def test_a_table_is_refused_with_its_first_row_and_what_to_do(listed, no_list, text):
-    lines = text.splitlines()
-    no_list(text, repr(lines[0][:60])[1:-1], "(--column 0)" if len(lines) > 1 else "one line")
-    if "\t" not in text:  # else it holds control characters
-        assert listed(text, "0")[0] == list(dict.fromkeys(line.strip() for line in lines))
+def test_a_list_of_json_is_refused_in_one_row_or_several(no_list):
+    for text in json.dumps(NAMES), json.dumps([{"name": name} for name in NAMES], indent=1):
+        no_list(text, repr(text.splitlines()[0][:60])[1:-1], ALONE)
+
+
+def test_a_file_of_commas_is_refused_at_once(no_list):
+    """By the number of characters that are looked at, not by a clock."""
+    rows = ["anna" + "," * 2**14] * 300
+    calls = Counter()
+
+    def count(frame, kind, function):
+        calls[kind] += 1
+
+    sys.setprofile(count)
+    try:
+        no_list("\n".join(rows), COLUMN)
+    finally:
+        sys.setprofile(None)
+    assert calls.total() < 100_000
 
 
 def test_one_long_line_is_called_that(no_list):
-    for text in "Anna,Bob,Carl", "Anna;Bob;Carl\n", "Anna\tBob\n\n":
-        no_list(text, "one name per line", "one line", "Anna")
+    for text in "Anna,Bob,Carl", "Anna;Bob;Carl\n", "Anna\tBob\n\n", "Anna (Bob)":
+        no_list(text, "one name per line", "its one line", "Anna")
 
 
 def test_scoring_takes_lines_as_they_stand(trained, tmp_path):
