@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain
 from unicodedata import category
 
@@ -127,24 +127,6 @@ class WaveNet(nn.Sequential):
         return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
 
 
-@contextmanager
-def evaluating(net):
-    """Inside, the network is in eval mode and has no gradients; afterwards as it was before."""
-    training = net.training
-    try:
-        with torch.no_grad():
-            yield net.eval()
-    finally:
-        net.train(training)
-
-
-def finite(x):
-    """The same tensor. Raises ValueError where a network gives what is not finite."""
-    if not x.isfinite().all():
-        raise ValueError("the network gives numbers that are not finite: train it again")
-    return x
-
-
 def token_losses(net, tokens, scales=(1.0,)):
     """The loss of each of N windows (N, T + 1), in nats, in eval mode: (N, S).
 
@@ -152,7 +134,7 @@ def token_losses(net, tokens, scales=(1.0,)):
     """
     bias, losses = getattr(net[-1], "bias", None), []
     bias = 0.0 if bias is None else bias
-    with evaluating(net):
+    with fast.evaluating(net):
         # In parts that fit in memory: 8,192 windows, or at most 128 MB of logits.
         for part in tokens.split(min(8192, 2**25 // net.config["vocab_size"])):
             contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
@@ -191,12 +173,12 @@ def is_plausible(config, chars, metadata, size):
     # these: up to 2^24, or 16 times as many as there may be in the file, four bytes each.
     claimed = V * E + 2 * E * H + 2 * H * H * (T.bit_length() - 2) + H * V
     fits = V == len(chars) and T <= MAX_BLOCK_SIZE and max(E, H) <= MAX_SIZE
+    fits &= claimed <= max(2**24, 4 * size)
     quantiles = metadata.get("quantiles", [0.0] * 101)
     fits &= type(quantiles) is list and len(quantiles) == 101
     fits &= all(type(loss) is float and loss >= 0 for loss in quantiles)
-    # Terminals obey control characters.
-    fits &= "Cc" not in map(category, chars[1:].replace(CASE_MARK, ""))
-    return fits and claimed <= max(2**24, 4 * size) and Vocabulary([chars[1:]]).chars == chars
+    fits &= "Cc" not in map(category, chars[1:].replace(CASE_MARK, ""))  # terminals obey those
+    return fits and Vocabulary([chars[1:]]).chars == chars
 
 
 def load(path):
@@ -204,23 +186,23 @@ def load(path):
 
     Raises ValueError when there is no file, or it holds no network, or one of other layers.
     """
-    advice, what, net = "train a network with train.py first", "holds something else", None
+    advice, what = "train a network with train.py first", "holds something else"
     content = read_checkpoint(path, CHECKPOINT, advice)
     config, chars, layers, metadata, state = (content[key] for key in CHECKPOINT)
-    if is_plausible(config, chars, metadata, os.path.getsize(path)):
-        with suppress(Exception):  # whatever layers raise for sizes or weights that do not fit
-            net = WaveNet(**config).eval()
-            if layer_names(net) == layers:
+    with suppress(Exception):  # whatever layers raise for sizes or weights that do not fit
+        if is_plausible(config, chars, metadata, os.path.getsize(path)):
+            net = WaveNet(**config)
+            if layer_names(net) != layers:
+                what = "has other layers than model.py"
+            else:
                 net.load_state_dict(state)
                 what = None
-            else:
-                what = "has other layers than model.py"
     if what:
         raise ValueError(f"{path} {what}: {advice}")
-    with torch.no_grad():
-        for tensor in *state.values(), net(torch.zeros(1, config["block_size"], dtype=torch.int64)):
-            finite(tensor)
-    return net, Vocabulary([chars[1:]]), metadata
+    vocab = Vocabulary([chars[1:]])
+    some = "".join(list(vocab.tokens_of)[1:1000])  # all characters as a name, to see what they give
+    fast.finite(token_losses(net, windows([some], vocab, config["block_size"])))
+    return net.eval(), vocab, metadata
 
 
 @torch.no_grad()

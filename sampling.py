@@ -15,7 +15,7 @@ from unicodedata import normalize as unicode_form
 
 import torch
 
-from model import evaluating, finite, load, token_losses, windows
+from model import load, token_losses, windows
 from plumbing import fast, lists
 from plumbing.cli import MODEL, NAMES, bounded, log, refuse_flags
 from plumbing.files import check_output
@@ -49,9 +49,9 @@ def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MA
     tokens = torch.tensor([[0] * T + vocab.encode(composed(start))]).repeat(n, 1)
     alive = torch.arange(n)  # the names that have not come to their end
     longest = T + max_length * (2 if vocab.mark else 1)
-    with evaluating(net):
+    with fast.evaluating(net):
         while len(alive) and tokens.shape[1] <= longest:
-            logits = finite(fast.logits(net, tokens[alive, -T:].to(device)).double().cpu())
+            logits = fast.finite(fast.logits(net, tokens[alive, -T:].to(device)).double().cpu())
             if tokens.shape[1] == T:
                 logits[:, 0] = -math.inf  # a name has at least one character
             if top_k is not None and top_k < len(vocab):
@@ -82,7 +82,7 @@ def score(net, vocab, names):
         name_ids = ends.cumsum(0) - ends  # how many names ended before each window
         sums = torch.zeros(len(known), dtype=torch.float64)
         sums.index_add_(0, name_ids, token_losses(net, tokens)[:, 0].double())
-        losses[known] = finite(sums) / torch.tensor([len(names[i]) + 1 for i in known])
+        losses[known] = fast.finite(sums) / torch.tensor([len(names[i]) + 1 for i in known])
     return losses.tolist()
 
 
@@ -92,8 +92,8 @@ def next_chances(net, vocab, text=""):
     tokens = [0] * T + vocab.encode(composed(text))
     # What comes after the text, and after the text and a mark.
     contexts = torch.tensor([tokens[-T:], (tokens + [vocab.mark or 0])[-T:]])
-    with evaluating(net):
-        after = finite(net(contexts)).softmax(1)
+    with fast.evaluating(net):
+        after = fast.finite(net(contexts)).softmax(1)
     chances = {}
     for char, (*mark, token) in vocab.tokens_of.items():  # p(mark) * p(letter) where it is marked
         chances[char] = (after[0, mark[0]] * after[1, token] if mark else after[0, token]).item()

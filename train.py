@@ -122,7 +122,7 @@ def train(net, average, vocab, data, args, run):
     # A case mark is a token, but not a character: there may be more nats per character than token.
     per_character = len(data["train"]) / n_characters(data["train"], vocab)
     with run.watching():  # a progress bar; Ctrl-C waits for the end of a step
-        if pretrained and run.step == 0:  # what it starts from may remain best
+        if pretrained and run.step == 0 and not rank():  # what it starts from may remain best
             validate(average, vocab, data, args, run)
         for rows, targets in minibatches(net, data["train"], run.step, args):
             # For dropout; below zero, as minibatches() has the other seeds.
@@ -133,7 +133,7 @@ def train(net, average, vocab, data, args, run):
             last = run.step == args.steps
             if run.step % 10 == 0 or last:  # not at each step: neighbours are nearly the same
                 update_average(average, net, (run.step - 1) // 10)
-            if run.step % eval_every == 0 or last:
+            if (run.step % eval_every == 0 or last) and not rank():
                 validate(average, vocab, data, args, run)
             if run.checkpoint():  # saves when it is time to; true after Ctrl-C
                 break
@@ -193,13 +193,13 @@ def validate(average, vocab, data, args, run):
     """Measure the averaged weights, and keep a copy of them where none was better."""
     recompute_statistics(average, data["train"], batches=1)
     loss, _ = calibrate(average, data["val"], vocab)
-    temperature = usual_temperature(args.truncate)
-    names = generate(average, vocab, 1, temperature=temperature, max_length=12)
-    run.record_validation(loss, "".join(names))
+    run.record_validation(loss)
     # In the first half a small validation split would choose far too early a step.
     if loss < run.best["loss"] and (run.step == 0 or run.step > args.steps // 2):
         weights = copy.deepcopy(average.state_dict())
         run.best = dict(step=run.step, loss=loss, state_dict=weights)
+    temperature = usual_temperature(args.truncate)
+    run.show(generate(average, vocab, 1, temperature=temperature, max_length=12))
 
 
 @torch.no_grad()
@@ -306,7 +306,7 @@ def finish(net, scale, vocab, parts, data, run):
         raise ValueError(f"the network learned nothing, it {what}: lower --lr, or more --steps")
     held_out = parts["val"][:VAL_WINDOWS] + parts["test"][:VAL_WINDOWS]
     scores, n_names = score(net, vocab, held_out), sum(map(len, parts.values()))
-    runs.write_network(run, net, vocab, runs.metadata(run, n_names, losses, scores))
+    runs.write_network(run, net, vocab, runs.about(run, n_names, losses, scores))
     temperature = usual_temperature(run.args.truncate)
     names = generate(net, vocab, 10, temperature=temperature)
     report.finished(run, losses, scale, temperature, names)

@@ -33,17 +33,12 @@ def bounded(kind, low, high, text):
 
 
 def as_script():
-    """This process is the command itself, and ends with it: Ctrl-C leaves no traceback, also while
-    torch is imported, and nothing is flushed to a closed pipe at the end."""
+    """This process is the command itself: Ctrl-C leaves no traceback, also while torch is imported,
+    and nothing is flushed to a closed pipe at the end."""
     global script
     script = True
-
-    def hook(kind, error, trace):
-        if issubclass(kind, KeyboardInterrupt):
-            os._exit(130)
-        sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = hook
+    hook = sys.excepthook
+    sys.excepthook = lambda *error: os._exit(130) if error[0] is KeyboardInterrupt else hook(*error)
 
 
 @contextmanager
@@ -79,10 +74,8 @@ def run_cli(function):
         with as_guest():
             status = function()
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        status = 141
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 141
     except OSError as error:
         what = error.filename or "standard output"
         status, message = 2, f"{what} cannot be used: {error.strerror or error}"
@@ -131,18 +124,15 @@ def device(name):
 
 def command(*words):
     """What to type for `python WORDS ...`, also where a path holds what cannot be printed."""
-    if os.name == "nt":
-        return f"python {subprocess.list2cmdline(words)}"
-    return " ".join(["python", *map(quoted, words)])
 
+    def quoted(word):
+        data = os.fsencode(word)
+        if (text := data.decode(errors="surrogateescape")).isprintable():
+            return shlex.quote(text)
+        return "$'" + repr(data)[2:-1].replace("\\'", "'").replace("'", "\\x27") + "'"
 
-def quoted(word):
-    data = os.fsencode(word)
-    if (text := data.decode(errors="surrogateescape")).isprintable():
-        return shlex.quote(text)
-    plain = {*range(32, 127)} - {*b"'\\"}
-    typed = (chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in data)
-    return f"$'{''.join(typed)}'"
+    nt = os.name == "nt"
+    return "python " + (subprocess.list2cmdline(words) if nt else " ".join(map(quoted, words)))
 
 
 def as_value(path):

@@ -4,25 +4,27 @@ It gives the numbers of net(contexts) and autograd. A network that it does not k
 way, so that nobody else has to ask which one it is.
 """
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from layers import (
-    BatchNorm1d,
-    CrossEntropyLoss,
-    Dropout,
-    Embedding,
-    FlattenConsecutive,
-    Linear,
-    Tanh,
-)
+import layers
+from layers import BatchNorm1d, Embedding, FlattenConsecutive
 
-# The classes that have the fast way. A layer of your own with backward(), that treats each row by
-# itself, joins here. With FAST = () every network goes the plain way.
-FAST = Embedding, FlattenConsecutive, Linear, BatchNorm1d, Tanh, Dropout
-cross_entropy = CrossEntropyLoss()
+# LAYERS are what the page knows, FAST the classes that have the fast way. A layer of your own with
+# backward(), that treats each row by itself, joins FAST. With FAST = () all goes the plain way.
+LAYERS = (
+    layers.Embedding,
+    FlattenConsecutive,
+    layers.Linear,
+    BatchNorm1d,
+    layers.Tanh,
+    layers.Dropout,
+)
+FAST = LAYERS
+cross_entropy = layers.CrossEntropyLoss()
 
 
 def is_stack_of(net, classes):
@@ -36,7 +38,7 @@ def has_fast_way(net):
 
     Only there each level is made of the distinct pairs of the one below.
     """
-    if not is_stack_of(net, FAST) or [type(layer) for layer in net][:2] != list(FAST[:2]):
+    if not is_stack_of(net, FAST) or type(net[1]) is not FlattenConsecutive:
         return False
     return all(layer.n == 2 for layer in net if isinstance(layer, FlattenConsecutive))
 
@@ -140,3 +142,21 @@ def gradients(net, rows, targets):
         loss = cross_entropy(forward(net, rows), targets)
         backward(net, rows, cross_entropy.backward())
         return loss
+
+
+@contextmanager
+def evaluating(net):
+    """Inside, the network is in eval mode and has no gradients; afterwards as it was before."""
+    training = net.training
+    try:
+        with torch.no_grad():
+            yield net.eval()
+    finally:
+        net.train(training)
+
+
+def finite(x):
+    """The same tensor. Raises ValueError where a network gives what is not finite."""
+    if not x.isfinite().all():
+        raise ValueError("the network gives numbers that are not finite: train it again")
+    return x

@@ -99,6 +99,6 @@ def read_checkpoint(path, keys, advice):
     content = checkpoint(path, advice)
     if content.keys() == set(keys):
         return content
-    earlier = content.keys() & {"made", "origin"}
+    earlier = content.keys() & {"made", "origin", "averaged"}
     what = "was written by an earlier version" if earlier else "holds something else"
     raise ValueError(f"{path} {what}: {advice}")

@@ -7,19 +7,11 @@ import os
 
 import torch
 
-import layers
+from layers import BatchNorm1d
 from plumbing.cli import log
-from plumbing.fast import is_stack_of
+from plumbing.fast import LAYERS, is_stack_of
 from plumbing.files import atomic_write, holds
 
-LAYERS = (
-    layers.Embedding,
-    layers.FlattenConsecutive,
-    layers.Linear,
-    layers.BatchNorm1d,
-    layers.Tanh,
-    layers.Dropout,
-)
 TEMPLATE = os.path.join(os.path.dirname(__file__), "page.html")
 
 
@@ -40,7 +32,7 @@ def page_layers(net):
     for layer in net:
         entry = {"class": type(layer).__name__, "n": getattr(layer, "n", None)}
         entry |= {"bias": None} | dict(layer.named_parameters())
-        if isinstance(layer, layers.BatchNorm1d):
+        if isinstance(layer, BatchNorm1d):
             scale, shift = layer.scale_and_shift()
             entry |= {"weight": scale, "bias": shift}
             if stack[-1]["class"] == "Linear":

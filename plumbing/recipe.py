@@ -51,7 +51,7 @@ def eval_every(n_val, steps):
 
     A thousand windows take the time of some ten steps: so at least fifty steps follow.
     """
-    return -(-max(steps // 40, n_val // 20) // 10) * 10 or 10
+    return 10 * max(1, -(-max(steps // 40, n_val // 20) // 10))
 
 
 def truncate(contexts, share, generator):

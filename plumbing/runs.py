@@ -14,7 +14,7 @@ from plumbing import cli, files, processes, report
 from plumbing.cli import MODEL, refuse_flags
 from plumbing.processes import log, rank, world_size
 
-SIZES = "block_size", "n_embd", "n_hidden"
+SIZES = model.SIZES[1:]  # those that are flags
 # The flags that make a training the one it is, and those that may change when it is resumed.
 RUN_ARGS = *"steps dropout truncate smoothing lr batch_size seed threads".split(), *SIZES
 FREE_ARGS = "data", "column", "device", "checkpoint_every"
@@ -126,7 +126,8 @@ class Run:
         self.pretrained = [weight.detach().clone() for weight in weights]
         self.saved_step = self.signum = 0
         self.bar, self.received = None, []  # the signals
-        if setup.state:
+        self.resumed = setup.state is not None
+        if self.resumed:
             self.restore(setup.state, net, average)
         # Not copies but the weights themselves: whenever it is saved they are those of its step.
         self.state_dict, self.average = dict(net.state_dict()), dict(average.state_dict())
@@ -142,6 +143,7 @@ class Run:
         average.load_state_dict(state["average"])
         for name in "step", "loss_sum", "best", "curves", "pretrained":
             setattr(self, name, state[name])
+        state.clear()  # the rest is copied: it need not stay in memory
 
     def save(self):
         """Write the state."""
@@ -164,12 +166,15 @@ class Run:
             self.curves["train"].append((self.step, self.loss_sum / self.per_point))
             self.loss_sum = 0.0
 
-    def record_validation(self, loss, name):
-        """Add a validation loss to its curve, and show it beside a name that was just drawn."""
+    def record_validation(self, loss):
+        """Add a validation loss to its curve. Raises ValueError for one that is not finite."""
         if not math.isfinite(loss):
             raise ValueError(f"the validation loss is {loss} at step {self.step:,}: lower --lr")
         self.curves["val"].append((self.step, loss))
-        report.validation(self.bar, self.step, self.args.steps, self.curves["val"], name)
+
+    def show(self, names):
+        """Show the last validation loss beside names that were just drawn."""
+        report.validation(self.bar, self.step, self.args.steps, self.curves["val"], "".join(names))
 
     def checkpoint(self):
         """End a step: save the state when it is due -> whether a signal asks to stop here."""
@@ -191,16 +196,15 @@ class Run:
     @contextmanager
     def resumable(self):
         """Inside there is a saved state; afterwards, only where there is work to resume."""
-        new = not self.setup.state
         try:
-            if new and not rank():
+            if not self.resumed and not rank():
                 self.save()  # so whether it can be written shows before the work; and twice, as
                 self.save()  # the old one stays until the new one is whole
             yield
         except Exception as error:
-            # It failed before there was anything to lose, or what it learned is refused.
+            # It failed when only the first state was saved, or what it learned is refused.
             refused = isinstance(error, ValueError) and self.step == self.args.steps
-            if new and not rank() and (refused or not self.saved_step):
+            if not (self.resumed or rank()) and (refused or not self.saved_step):
                 with suppress(FileNotFoundError):
                     os.remove(self.setup.unfinished)
             raise
@@ -208,7 +212,7 @@ class Run:
             os.remove(self.setup.unfinished)
 
 
-def metadata(run, n_names, losses, scores):
+def about(run, n_names, losses, scores):
     """What the file of a network tells about its training; `scores`: losses of held-out names."""
     scores, percent = torch.tensor(scores, dtype=torch.float64), torch.linspace(0, 1, 101)
     return {name: getattr(run.args, name) for name in RUN_ARGS} | {
