@@ -15,14 +15,7 @@ from layers import BatchNorm1d, Embedding, FlattenConsecutive
 
 # LAYERS are what the page knows, FAST the classes that have the fast way. A layer of your own with
 # backward(), that treats each row by itself, joins FAST. With FAST = () all goes the plain way.
-LAYERS = (
-    layers.Embedding,
-    FlattenConsecutive,
-    layers.Linear,
-    BatchNorm1d,
-    layers.Tanh,
-    layers.Dropout,
-)
+LAYERS = Embedding, FlattenConsecutive, layers.Linear, BatchNorm1d, layers.Tanh, layers.Dropout
 FAST = LAYERS
 cross_entropy = layers.CrossEntropyLoss()
 
