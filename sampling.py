@@ -17,9 +17,9 @@ import torch
 
 from model import load, token_losses, windows
 from plumbing import fast, lists
-from plumbing.cli import MODEL, NAMES, bounded, log, refuse_flags
+from plumbing.cli import MODEL, bounded, log
 from plumbing.files import check_output
-from plumbing.filters import fitting, read_known
+from plumbing.filters import apart, check_flags, check_start, fitting, read_known
 from plumbing.lists import key, normalize
 from plumbing.page import is_page, write_page
 from plumbing.recipe import usual_temperature
@@ -28,7 +28,7 @@ BATCH = 20_000  # names drawn at once; 8,192 would take a tenth more time, 40,00
 MAX_LENGTH = 1000  # characters of a name; a network that never ends one would go on for ever
 MAX_MISSES = 10**6  # draws in a row that find nothing, after which it gives up
 PAUSE = 2  # seconds until it says how many were found
-POOL = 20  # --best looks at so many times the names asked for
+POOLS = 20, 100  # --best looks at so many times the names asked for; then at more, if too few
 
 
 # Drawing and scoring
@@ -102,8 +102,6 @@ def next_chances(net, vocab, text=""):
 
 # The command line
 
-MODES = {"score": ["best", "num_samples"], "explain": [], "page": ["new", "data", "column"]}
-
 
 def build_parser():
     parser = cli.Parser(description=__doc__)
@@ -117,7 +115,11 @@ def build_parser():
     add("--match", metavar="REGEX", default="", help="that match: --match '^j.*n$', from j to n")
     add("--new", action="store_true", help="that are not in its training list, without repeats")
     add("--min-edits", type=length, metavar="D", help="new, at least D edits from any in the list")
-    add("--best", action="store_true", help="the best of 20 times as many that fit all other flags")
+    add(
+        "--best",
+        action="store_true",
+        help="the best of 20 times as many, new and unlike each other",
+    )
     add("--data", metavar="LIST", help="the list it was trained on: --new --data elves.txt")
     add("--column", metavar="C", help="of a table: the number or the heading of its column")
     add = parser.add_argument_group("how they are drawn").add_argument
@@ -131,6 +133,7 @@ def build_parser():
     add("--score", metavar="FILE", help="how well each line fits; - is standard input")
     add("--explain", nargs="+", metavar="NAME", help="where a name fits, character by character")
     add("--page", metavar="FILE", help="write a web page that draws names: --page names.html")
+    add("--title", metavar="TEXT", help="the heading of that page")
     return parser
 
 
@@ -140,27 +143,25 @@ def main(argv=None):
 
 def run(args, given):
     """Do what was asked for -> exit status."""
+    check_flags(args, given)
     torch.set_num_threads(args.threads)
-    for mode, allowed in MODES.items():
-        if mode in given:
-            others = given.keys() - {mode, "model", "threads", *allowed}
-            refuse_flags(others, f"cannot go with --{mode}")
-    args.new |= args.min_edits is not None
-    if args.score is not None and not args.best and "num_samples" in given:
-        raise ValueError("-n goes with --score only beside --best")
     net, vocab, metadata = load(args.model)
     if args.score is not None:
         return print_scores(args, net, vocab, metadata)
     if args.explain:
-        explained = [explain(net, vocab, normalize(name)) for name in args.explain]
-        return print("\n".join(explained))
-    known = read_known(args, metadata)
+        return print("\n".join(explain(net, vocab, normalize(name)) for name in args.explain))
+    path, known = read_known(args, metadata)
     if args.page:
-        title = os.path.basename(args.data or (NAMES if known else args.model))
+        title = os.path.basename(path or args.data or args.model)
         temperature = usual_temperature(metadata.get("truncate"))
-        check_output(args.page, is_page, [args.model, args.data or NAMES])
+        check_output(args.page, is_page, [args.model, path, args.data])
         return write_page(args.page, net, vocab, title, args.new and known, temperature)
-    return print_names(args, net, vocab, known)
+    args.start = normalize(f"{args.start}|")[:-1]  # so blanks at its end stay: "de " is a beginning
+    if known and vocab.tokens_of.keys() >= set(args.start):
+        check_start(args.start, known)
+    if args.best:
+        return print_best(args, net, vocab, known)
+    return print_names(args, net, vocab, known, path)
 
 
 def sample_matching(args, net, vocab, known, n):
@@ -170,9 +171,8 @@ def sample_matching(args, net, vocab, known, n):
     """
     if args.temperature == 0:
         raise ValueError("--temperature 0 is always the likeliest character: that is --top-k 1")
-    start = normalize(f"{args.start}|")[:-1]  # so blanks at its end stay: "de " is a beginning
     keys = list(map(key, known)) if args.new else []
-    fits, refused = fitting(args, start, keys), set(keys)
+    fits, refused, start = fitting(args, args.start, keys), set(keys), args.start
     torch.manual_seed(torch.seed() if args.seed is None else args.seed)
     batch, begin, pause = min(BATCH, 2**22 // len(vocab)), time.monotonic(), PAUSE
     drawn = found = last = 0  # last: how many were drawn up to the last find
@@ -193,25 +193,38 @@ def sample_matching(args, net, vocab, known, n):
             log(f"{found:,} of {n:,} names found among {drawn:,} drawn")
             pause *= 2
     if found < n:
-        log(f"only {found:,} of {n:,} names found among {drawn:,} drawn")
+        capitals = args.match.lower() != args.match.upper() and not found
+        hint = "; capitals count in --match" if capitals else ""
+        log(f"only {found:,} of {n:,} names found among {drawn:,} drawn{hint}")
 
 
-def print_names(args, net, vocab, known):
+def print_best(args, net, vocab, known):
+    """Print the names that fit best and are unlike each other -> 1 when there are too few."""
+    n, args.new = args.num_samples, known is not None
+    if not args.new:
+        log(f"the list of {args.model} is not at hand: names of it may come (else --data LIST)")
+    for pool in POOLS:
+        names = list(dict.fromkeys(sample_matching(args, net, vocab, known, n * pool)))
+        best = apart((name for _, name in sorted(zip(score(net, vocab, names), names))), n)
+        if len(best) == n:
+            break
+    print("\n".join(best))
+    if len(best) < n:
+        log(f"only {len(best):,} of {n:,} names are as unlike each other as --best has them")
+    return int(len(best) < n)
+
+
+def print_names(args, net, vocab, known, path):
     """Draw names and print them -> 1 when there are fewer than were asked for."""
-    n, in_list = args.num_samples, set() if args.new else set(map(key, known or ()))
-    names = sample_matching(args, net, vocab, known, n * (POOL if args.best else 1))
-    if args.best:
-        names = list(dict.fromkeys(names))
-        names = [name for _, name in sorted(zip(score(net, vocab, names), names))][:n]
+    in_list = set() if args.new else set(map(key, known or ()))
     found = repeated = 0
-    for name in names:
+    for name in sample_matching(args, net, vocab, known, args.num_samples):
         print(name)
         found, repeated = found + 1, repeated + (key(name) in in_list)
-    if args.best and found < n:
-        log(f"only {found:,} of {n:,} different names found")
     if repeated:
-        log(f"{repeated:,} of {found:,} are in {args.data or 'names.txt'}: --new leaves them out")
-    return int(found < n)
+        name = os.path.basename(path)
+        log(f"{repeated:,} of {found:,} are in {name}: --new leaves them out")
+    return int(found < args.num_samples)
 
 
 def print_scores(args, net, vocab, metadata):

@@ -199,7 +199,7 @@ def validate(average, vocab, data, args, run):
         weights = copy.deepcopy(average.state_dict())
         run.best = dict(step=run.step, loss=loss, state_dict=weights)
     temperature = usual_temperature(args.truncate)
-    run.show(generate(average, vocab, 1, temperature=temperature, max_length=12))
+    report.validation(run, generate(average, vocab, 20, temperature=temperature, max_length=100))
 
 
 @torch.no_grad()
@@ -308,8 +308,8 @@ def finish(net, scale, vocab, parts, data, run):
     scores, n_names = score(net, vocab, held_out), sum(map(len, parts.values()))
     runs.write_network(run, net, vocab, runs.about(run, n_names, losses, scores))
     temperature = usual_temperature(run.args.truncate)
-    names = generate(net, vocab, 10, temperature=temperature)
-    report.finished(run, losses, scale, temperature, names)
+    drawn, names = generate(net, vocab, 1000, temperature=temperature), sum(parts.values(), [])
+    report.finished(run, net, losses, scale, temperature, drawn, names)
 
 
 if __name__ == "__main__":

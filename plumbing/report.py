@@ -1,13 +1,19 @@
 """What a training says and draws."""
 
 import io
+import math
 import os
+import shutil
 import sys
+from itertools import chain
 
 from tqdm import tqdm
+from tqdm.utils import disp_len, disp_trim
 
-from plumbing import cli
+from plumbing import cli, filters, lists
+from plumbing.fast import LAYERS, is_stack_of
 from plumbing.files import atomic_write, holds
+from plumbing.filters import is_one_edit_away
 from plumbing.processes import log, rank
 
 SOFTWARE = "train.py, names character by character"  # by which our own pictures are known
@@ -39,13 +45,21 @@ def progress_bar(step, steps):
     return bar
 
 
-def validation(bar, step, steps, curve, name):
-    """Say the last loss of the curve, and its best one; where there is no terminal, as a line."""
-    best, at = min((loss, step) for step, loss in curve)
-    message = f"val {curve[-1][1]:.3f} (best {best:.3f} at {at:,}) {name}"
-    bar.set_description_str(message, refresh=False)
-    if bar.disable:
-        log(f"step {step:,} of {steps:,}: {message}")
+def validation(run, names):
+    """Say the last validation loss, the best of those that may be kept, and the first name.
+
+    On a terminal in the bar, cut to its columns; else as a line.
+    """
+    best, name = run.best, "".join(names[:1])
+    message = f"val {run.curves['val'][-1][1]:.3f} "
+    if best["loss"] < math.inf:
+        message += f"(best {best['loss']:.3f} at {best['step']:,}) "
+    if run.bar.disable:
+        return log(f"step {run.step:,} of {run.args.steps:,}: {message}{name}")
+    room = shutil.get_terminal_size().columns - len(message) - 2 * len(str(run.args.steps)) - 30
+    if disp_len(name) > room:
+        name = disp_trim(name, max(0, room - 1)) + "…"
+    run.bar.set_description_str(message + name, refresh=False)
 
 
 def is_picture(path):
@@ -73,8 +87,34 @@ def plot(path, title, curves, kept, steps):
     atomic_write(path, buffer.getvalue())
 
 
-def finished(run, losses, scale, temperature, names):
-    """Draw the picture, and print the losses, a few names, and the command that draws more."""
+def likeness(drawn, names):
+    """In words: how many of the drawn are in the list, and how many one edit from a name of it."""
+    drawn, keys = list(map(lists.key, drawn)), set(map(lists.key, names))
+    chars, known = set(chain.from_iterable(keys)), sum(name in keys for name in drawn)
+    near = sum(name not in keys and is_one_edit_away(name, keys, chars) for name in drawn)
+    shares = [f"{100 * count / max(1, len(drawn)):.0f} %" for count in (known, near)]
+    what = f"of {len(drawn):,} names drawn, {shares[0]} are in the list"
+    return f"{what} and {shares[1]} one edit from a name of it"
+
+
+def next_commands(args, out, net, temperature):
+    """Up to three commands to type: new names; the best of them; a page."""
+    model = ["--model", cli.as_value(args.out)] if args.out else []
+    usual = ["--temperature", str(temperature)] * (temperature < 1)
+    recorded = filters.recorded(args.data, args.column, out).get("list", "")
+    known = []
+    if args.data != cli.NAMES and not os.path.isfile(os.path.join(os.path.dirname(out), recorded)):
+        known = ["--data", cli.as_value(args.data)] + ["--column", args.column] * bool(args.column)
+    kinds = [["--new"], ["--best", "--min-edits", "2"]] if recorded else [[]]  # [] from a pipe
+    commands = [[*model, *kind, *known * bool(recorded), *usual] for kind in kinds]
+    if is_stack_of(net, LAYERS):
+        page = (args.out or "names.pth").removesuffix(".pth") + ".html"
+        commands.append([*model, "--page", cli.as_value(page)])
+    return [cli.command("sampling.py", *words) for words in commands]
+
+
+def finished(run, net, losses, scale, temperature, drawn, names):
+    """Draw the picture; print the losses, what names drawn are like, and what to do next."""
     args, kept, written = run.args, run.best["step"], run.setup.out
     title = os.fsencode(os.path.basename(args.data)).decode(errors="replace")
     try:
@@ -82,14 +122,12 @@ def finished(run, losses, scale, temperature, names):
         written += f" and {run.setup.picture}"
     except Exception as error:  # whatever matplotlib may stumble over, the network is what counts
         log(f"no picture: {str(error)[:200]}")
+    print("loss in nats per character")
     print("  ".join(f"{part:>6}" for part in losses))
-    print("  ".join(f"{loss:6.4f}" for loss in losses.values()), "nats per character")
+    print("  ".join(f"{loss:6.4f}" for loss in losses.values()))
     print(f"kept: averaged weights of step {kept:,}, logits scaled by {scale:.2f}")
-    print("\n".join(names))
+    print(likeness(drawn, names))
+    print("\n".join(drawn[:10]))
     print(f"written: {written}\nnext:")
-    words = ["--model", cli.as_value(args.out)] if args.out else []
-    words += ["--new"]
-    words += ["--data", cli.as_value(args.data)] * (args.data != cli.NAMES)
-    words += ["--column", args.column] * bool(args.column)
-    words += ["--temperature", str(temperature)] * (temperature < 1)
-    print(cli.command("sampling.py", *words), flush=True)  # before the state is removed
+    commands = next_commands(args, run.setup.out, net, temperature)
+    print("\n".join(commands), flush=True)  # before the state is removed

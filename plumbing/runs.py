@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import model
-from plumbing import cli, files, processes, report
+from plumbing import cli, files, filters, processes, report
 from plumbing.cli import MODEL, refuse_flags
 from plumbing.processes import log, rank, world_size
 
@@ -172,10 +172,6 @@ class Run:
             raise ValueError(f"the validation loss is {loss} at step {self.step:,}: lower --lr")
         self.curves["val"].append((self.step, loss))
 
-    def show(self, names):
-        """Show the last validation loss beside names that were just drawn."""
-        report.validation(self.bar, self.step, self.args.steps, self.curves["val"], "".join(names))
-
     def checkpoint(self):
         """End a step: save the state when it is due -> whether a signal asks to stop here."""
         self.bar.update()
@@ -217,6 +213,7 @@ def about(run, n_names, losses, scores):
     scores, percent = torch.tensor(scores, dtype=torch.float64), torch.linspace(0, 1, 101)
     return {name: getattr(run.args, name) for name in RUN_ARGS} | {
         "names": run.names,
+        **filters.recorded(run.args.data, run.args.column, run.setup.out),
         "rows": n_names,
         "kept": run.best["step"],
         "losses": losses,

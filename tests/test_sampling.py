@@ -1,16 +1,19 @@
 """Names against the network's own probabilities, losses against its logits, and the flags."""
 
 import math
+import os
 import re
+import shutil
 from collections import Counter
 
 import pytest
 import torch
-from helpers import forked, random_net, slow_windows
+from helpers import SIZES, forked, random_net, slow_windows
 from scipy.stats import chisquare
 from torch.nn import functional as F
 
 import sampling
+import train
 from model import Vocabulary, save, token_losses, windows
 
 PLAIN, TITLE = Vocabulary(["abc"]), Vocabulary(["Aabb"])
@@ -135,11 +138,118 @@ def test_flags(tiny):
     assert set(names(*new, "--max-length", 1, status=1)) == set("".join(known))  # all there are
     far = names(*new, "--min-edits", 2, "--max-length", 4)
     assert not any(name[:i] + name[i + 1 :] in known for name in far for i in range(len(name)))
-    best, (net, vocab, _) = names("--best", "--seed", 1, "-n", 9), sampling.load(tiny / "model.pth")
-    losses = sampling.score(net, vocab, best)
-    assert losses == sorted(losses) and len(set(best)) == 9
-    others = {*names("--seed", 1, "-n", 180)} - {*best}  # of 20 times as many draws
-    assert len(others) > 100 and losses[-1] <= min(sampling.score(net, vocab, [*others]))
+
+
+def edits(a, b):
+    """Levenshtein's distance by its definition."""
+    rows = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        rows, above = [i], rows
+        for j, y in enumerate(b, 1):
+            rows.append(min(above[j] + 1, rows[-1] + 1, above[j - 1] + (x != y)))
+    return rows[-1]
+
+
+def allowed(a, b):
+    """Whether both may be shown by --best."""
+    return edits(a, b) > {1: 0, 2: 0, 3: 1, 4: 1}.get(min(len(a), len(b)), 2)
+
+
+def test_best_are_the_best_new_names_that_are_unlike_each_other(tiny):
+    known = (tiny / "names.txt").read_text().split()
+    net, vocab, _ = sampling.load(tiny / "model.pth")
+    args = "--model", tiny / "model.pth", "--seed", 1
+    process = forked(sampling.main, *args, "--best", "-n", 9)
+    best = process.stdout.splitlines()
+    assert (process.returncode, process.stderr, len(best)) == (0, "", 9)
+    pool = forked(sampling.main, *args, "--new", "-n", 180).stdout.splitlines()  # 20 times as many
+    assert len({*pool}) == 180 and not {*pool} & {*known}
+    expected = []
+    for name in sorted(pool, key=lambda name: sampling.score(net, vocab, [name])):
+        if all(allowed(name, other) for other in expected):
+            expected.append(name)
+    assert best == expected[:9]
+
+
+def test_best_enlarges_its_pool_once_and_says_how_many_there_are(tiny, monkeypatch):
+    """Of three letters out of 17, at most 17^2 differ in two."""
+    monkeypatch.setattr(sampling, "MAX_MISSES", 3000)
+    args = "--model", tiny / "model.pth", "--best", "--min-length", 3, "--max-length", 3
+    process = forked(sampling.main, *args, "-n", 300)
+    short = process.stdout.splitlines()
+    assert process.returncode == 1 and 20 < len(short) < 290
+    assert f"only {len(short)} of 300 names" in process.stderr.splitlines()[-1]
+    assert all(allowed(a, b) for i, a in enumerate(short) for b in short[:i])
+
+
+def test_best_without_the_list_says_so_and_draws(tiny, tmp_path):
+    shutil.copy(tiny / "model.pth", tmp_path / "moved.pth")
+    process = forked(sampling.main, "--model", tmp_path / "moved.pth", "--best", "-n", 9)
+    assert process.returncode == 0 and len({*process.stdout.split()}) == 9
+    assert "moved.pth is not at hand" in process.stderr and process.stderr.count("\n") == 1
+
+
+def test_a_network_knows_its_list(tiny, tmp_path, refused):
+    """In its folder or below, by its SHA-256; else one line asks for --data, which always wins."""
+    names, below = (tiny / "names.txt").read_text().split(), tmp_path / "lists" / "mé"
+    below.mkdir(parents=True)
+    table = below / "table.csv"
+    table.write_text("\n".join(f"{name},1" for name in names))
+    args = "--data", table, "--column", 1, "--out", tmp_path / "own.pth", *SIZES, "--steps", 40
+    process = forked(train.main, *args)
+    assert process.returncode == 0 and "--data" not in process.stdout, process.stderr
+    content = (tmp_path / "own.pth").read_bytes()
+    assert str(tmp_path).encode() not in content and b"cleo" not in content
+    metadata = sampling.load(tmp_path / "own.pth")[2]
+    assert (metadata["list"], metadata["column"]) == ("lists/mé/table.csv", "1")
+    os.rename(tmp_path, tmp_path.with_name("elsewhere"))
+    (tmp_path.with_name("elsewhere")).rename(tmp_path)
+    own = "--model", tmp_path / "own.pth"
+    drawn = forked(sampling.main, *own, "--new", "-n", 300)
+    assert drawn.returncode == 0 and not {*drawn.stdout.split()} & {*names}
+    drawn = forked(sampling.main, *own, "-n", 500, "--temperature", 0.2)
+    known = sum(name in names for name in drawn.stdout.split())
+    said = f"{known} of 500 are in table.csv: --new leaves them out\n"
+    assert drawn.stderr == said * bool(known)
+    for page in "a.html", "b.html":
+        assert forked(sampling.main, *own, "--page", tmp_path / page, "--new").returncode == 0
+    table.rename(below / "other.csv")
+    refused(sampling.main, [*own, "--new"], "moved or changed", "--data")
+    found = forked(sampling.main, *own, "--new", "--data", below / "other.csv", "--column", "1")
+    assert (found.returncode, found.stderr) == (0, "")
+    table.write_text("another,1\nlist,2\n")
+    refused(sampling.main, [*own, "--min-edits", 2], "moved or changed", "--data")
+    assert forked(sampling.main, *own).stderr == ""  # without the list it still draws
+
+
+def test_what_stands_where_a_network_has_its_list_is_no_harm(tiny, tmp_path):
+    """A device, a folder, a forged path."""
+    content = torch.load(tiny / "model.pth", weights_only=True)
+    for path in "/dev/zero", ".", "/etc/passwd", 7, "a\0b", ["x"]:
+        content["metadata"] |= {"list": path, "column": path}
+        torch.save(content, tmp_path / "own.pth")
+        process = forked(sampling.main, "--model", tmp_path / "own.pth", "-n", 3)
+        assert (process.returncode, process.stderr) == (0, ""), process.stderr
+
+
+def test_other_letters_are_pointed_out(tmp_path):
+    """A beginning that the list has in capitals, a pattern that finds nothing."""
+    names = ["Galadril", "Gandor", "Elrin", "Elwing", "Maelor", "Thalion", "ga El", "Tinuviel"]
+    (tmp_path / "names.txt").write_text("\n".join(names[:6] + names[7:] + ["Idril", "Nim", "Dol"]))
+    args = "--data", tmp_path / "names.txt", "--out", tmp_path / "own.pth", *SIZES, "--steps", 40
+    assert forked(train.main, *args).returncode == 0
+    own = "--model", tmp_path / "own.pth", "-n", 3
+    process = forked(sampling.main, *own, "--start", "gal")
+    assert process.stderr.startswith("no name begins with gal: did you mean --start Gal?\n")
+    assert len(process.stdout.split()) == 3
+    assert "did you mean" not in forked(sampling.main, *own, "--start", "Gal").stderr
+
+
+def test_a_pattern_that_finds_nothing_says_that_capitals_count(tiny, monkeypatch):
+    monkeypatch.setattr(sampling, "MAX_MISSES", 1000)
+    args = "--model", tiny / "model.pth", "--match"
+    assert "capitals count" in forked(sampling.main, *args, "^Jo").stderr
+    assert "capitals count" not in forked(sampling.main, *args, "^0").stderr
 
 
 @pytest.mark.parametrize(
@@ -150,9 +260,10 @@ def test_flags(tiny):
         "--start Ada": "did you mean 'ada'",
         "--start abc --max-length 2": "--start or --min-length is longer than --max-length 2",
         "--score none.txt": "none.txt cannot be used",
-        "--new": "was not trained on names.txt: add --data LIST",
         "--model none.pth": "none.pth is not a file",
         f"--model {__file__}": "test_sampling.py is damaged, or was not written by train.py",
+        "--best -n 1001": "--best gives 1,000 names at most",
+        "--title x": "--title is that of a page",
         "--temperature 0": "that is --top-k 1",
         "-n 0": "-n/--num-samples: '0' is no int from 1",
     }.items(),

@@ -49,15 +49,22 @@ def started(name, *args, **kwargs):
 def test_results_go_to_stdout_and_all_else_to_stderr(folder, trained):
     process = run("train.py", *command(folder))
     assert process.returncode == 0
-    header, losses, kept, *names = process.stdout.splitlines()[:13]
-    assert header.split() == ["train", "val", "test"] and losses.endswith("nats per character")
-    assert all(float(loss) < 2 for loss in losses.split()[:3]) and len(names) == 10
+    heading, header, losses, kept, likeness, *names = process.stdout.splitlines()[:15]
+    assert heading == "loss in nats per character" and header.split() == ["train", "val", "test"]
+    assert all(float(loss) < 2 for loss in losses.split()) and len(names) == 10
+    assert likeness.startswith("of 1,000 names drawn, ") and " % one edit from" in likeness
     assert "names" in process.stderr and "val" in process.stderr
     assert result(folder) == result(trained)  # in a new process as in a fork
-    following = shlex.split(process.stdout.splitlines()[-1])
-    assert following[0] == "python"  # the command to type next
-    process = forked(sampling.main, *following[2:])
-    assert (process.stderr, len(process.stdout.splitlines())) == ("", 20)
+    typed = process.stdout.split("next:\n")[1].splitlines()  # the commands to type next
+    for line, n in zip(typed, (20, 20, 0), strict=True):
+        python, script_name, *args = shlex.split(line)
+        process = forked(sampling.main, *args)
+        assert (python, script_name, process.stderr) == ("python", "sampling.py", ""), (
+            process.stderr
+        )
+        assert len(process.stdout.splitlines()) == n
+    assert (folder / "own.html").stat().st_size > 10_000
+    (folder / "own.html").unlink()
 
 
 def test_a_closed_pipe_ends_quietly(trained):
@@ -119,14 +126,14 @@ def test_names_are_utf8_wherever_stdout_is_no_terminal(tmp_path, encoding):
     assert "ë" in process.stdout and "mé mo żż" in process.stdout and "\\x" not in process.stdout
     model = "--model", folder / "own.pth"
     process = run("sampling.py", *model, "-n", 90, cwd=folder, **kwargs)
-    assert (process.returncode, process.stderr) == (0, "")
+    assert process.returncode == 0 and "of 90 are in names.txt" in process.stderr
     assert "ë" in process.stdout and len(process.stdout.splitlines()) == 90
     process = run("sampling.py", *model, "--score", "-", input=process.stdout, **kwargs)
     assert (process.returncode, process.stderr) == (0, "") and "inf" not in process.stdout
     ours, terminal = os.openpty()
     process = started("sampling.py", *model, "-n", 90, stdout=terminal, env=env)
     os.close(terminal)
-    assert process.communicate()[1] == ""
+    assert "of 90 are in names.txt" in process.communicate()[1]
     assert (b"\\xeb" if encoding == "ascii" else b"\xeb") in os.read(ours, 4096)
 
 
@@ -292,7 +299,7 @@ def test_what_is_printed_to_be_typed_works_as_it_stands(folder, monkeypatch):
         flags = f"--data=./{name}.txt", f"--out={name}.pth", "--steps", "40"
         process = run("train.py", *SMALL, *flags, cwd=folder)
         assert process.returncode == 0, process.stderr
-        typed = process.stdout.splitlines()[-1].replace("python sampling.py", '"$0" "$1"')
+        typed = process.stdout.splitlines()[-3].replace("python sampling.py", '"$0" "$1"')
         shell = ["bash", "-c", typed, sys.executable, str(ROOT / "sampling.py")]
         process = subprocess.run(shell, cwd=folder, capture_output=True, text=True)
         assert (process.stderr, len(process.stdout.splitlines())) == ("", 20), typed
