@@ -3,11 +3,11 @@
 import os
 import re
 from collections import Counter
-from contextlib import suppress
 from itertools import chain
 from unicodedata import category
 
 import torch
+from numpy import ix_
 from torch import nn
 
 from layers import BatchNorm1d, Dropout, Embedding, FlattenConsecutive, Linear, Tanh
@@ -72,7 +72,7 @@ class Vocabulary:
 
 
 def windows(names, vocab, block_size):
-    """Names -> (N, block_size + 1) tokens: each token and end of a name, after what precedes it.
+    """Names -> (N, block_size + 1) tokens, each after what precedes it: `..... → e`, `....e → m`.
 
     All names stand in one long row, of one or four bytes a token, and each window is a view of it.
     """
@@ -88,7 +88,7 @@ def windows(names, vocab, block_size):
 
 
 def contexts_and_targets(tokens):
-    """(..., T + 1) tokens -> contexts (..., T) and targets (...), int64."""
+    """(..., T + 1) tokens -> contexts (..., T) and targets (...), int64: `....e` and `m`."""
     contexts, targets = tokens[..., :-1].long(), tokens[..., -1].long()
     # What stands before the last end token is another name and becomes padding: "nn.em" is "...em".
     own = (contexts != 0).flip(-1).cumprod(-1).flip(-1)  # 1 where no end token stands here or later
@@ -135,8 +135,7 @@ def token_losses(net, tokens, scales=(1.0,)):
     bias, losses = getattr(net[-1], "bias", None), []
     bias = 0.0 if bias is None else bias
     with fast.evaluating(net):
-        # In parts that fit in memory: 8,192 windows, or at most 128 MB of logits.
-        for part in tokens.split(min(8192, 2**25 // net.config["vocab_size"])):
+        for part in tokens.split(fast.part_size(net)):
             contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
             logits = fast.logits(net, contexts)
             scaled = (bias + scale * (logits - bias) for scale in scales)
@@ -156,29 +155,38 @@ def layer_names(net):
     return [type(module).__name__ for module in net.modules()][1:]
 
 
-def save(path, net, vocab, metadata):
+def save(path, net, vocab, metadata, write=write_checkpoint):
     """Write a network: sizes, vocabulary, layers, how it was trained (a dict), weights."""
     content = net.config, vocab.chars, layer_names(net), metadata, dict(net.state_dict())
-    write_checkpoint(path, dict(zip(CHECKPOINT, content)))
+    write(path, dict(zip(CHECKPOINT, content)))
 
 
 def is_plausible(config, chars, metadata, size):
-    """Whether these may be those of a network whose file has `size` bytes. Nothing is built."""
-    if [type(each) for each in (config, chars, metadata)] != [dict, str, dict]:
-        return False
-    if {*config} != {*SIZES} or any(type(n) is not int or n < 1 for n in config.values()):
+    """Whether these may be those of a network whose file has `size` bytes."""
+    if [*map(type, (config, chars, metadata))] != [dict, str, dict] or {*config} != {*SIZES}:
         return False
     V, T, E, H = (config[key] for key in SIZES)
-    # A small file must not claim gigabytes; but layers of your own may have fewer weights than
-    # these: up to 2^24, or 16 times as many as there may be in the file, four bytes each.
-    claimed = V * E + 2 * E * H + 2 * H * H * (T.bit_length() - 2) + H * V
-    fits = V == len(chars) and T <= MAX_BLOCK_SIZE and max(E, H) <= MAX_SIZE
-    fits &= claimed <= max(2**24, 4 * size)
     quantiles = metadata.get("quantiles", [0.0] * 101)
-    fits &= type(quantiles) is list and len(quantiles) == 101
-    fits &= all(type(loss) is float and loss >= 0 for loss in quantiles)
+    fits = all(type(n) is int and n > 0 for n in config.values()) and V == len(chars)
+    fits = fits and T <= MAX_BLOCK_SIZE and max(E, H) <= MAX_SIZE and type(quantiles) is list
+    fits = fits and [type(loss) for loss in quantiles if loss >= 0] == [float] * 101
     fits &= "Cc" not in map(category, chars[1:].replace(CASE_MARK, ""))  # terminals obey those
+    if fits and V * (E + H) + 2 * H * (E + H * T.bit_length()) > 2**24:  # which it may leave unused
+        with torch.device("meta"):  # takes no memory: a small file must not claim gigabytes
+            fits = sum(weight.numel() for weight in WaveNet(**config).parameters()) <= size
     return fits and Vocabulary([chars[1:]]).chars == chars
+
+
+def rebuild(content, size):
+    """The network of a file of `size` bytes. Raises ValueError, or whatever its layers raise."""
+    config, chars, layers, metadata, state = (content[key] for key in CHECKPOINT)
+    if not is_plausible(config, chars, metadata, size):
+        raise ValueError("holds something else")
+    net = WaveNet(**config)
+    if layer_names(net) != layers:
+        raise ValueError("has other layers than model.py")
+    net.load_state_dict(state)
+    return net.eval()
 
 
 def load(path):
@@ -186,31 +194,24 @@ def load(path):
 
     Raises ValueError when there is no file, or it holds no network, or one of other layers.
     """
-    advice, what = "train a network with train.py first", "holds something else"
-    content = read_checkpoint(path, CHECKPOINT, advice)
-    config, chars, layers, metadata, state = (content[key] for key in CHECKPOINT)
-    with suppress(Exception):  # whatever layers raise for sizes or weights that do not fit
-        if is_plausible(config, chars, metadata, os.path.getsize(path)):
-            net = WaveNet(**config)
-            if layer_names(net) != layers:
-                what = "has other layers than model.py"
-            else:
-                net.load_state_dict(state)
-                what = None
-    if what:
-        raise ValueError(f"{path} {what}: {advice}")
-    vocab = Vocabulary([chars[1:]])
+    advice = "train a network with train.py first"
+    found = read_checkpoint(path, CHECKPOINT, advice)
+    try:
+        net, vocab = rebuild(found, os.path.getsize(path)), Vocabulary([found["vocab"][1:]])
+    except Exception as error:
+        what = error if "than model.py" in str(error) else "holds something else"
+        raise ValueError(f"{path} {what}: {advice}") from None
     some = "".join(list(vocab.tokens_of)[1:1000])  # all characters as a name, to see what they give
-    fast.finite(token_losses(net, windows([some], vocab, config["block_size"])))
-    return net.eval(), vocab, metadata
+    fast.finite(token_losses(net, windows([some], vocab, net.config["block_size"])))
+    return net, vocab, found["metadata"]
 
 
 @torch.no_grad()
 def load_pretrained(net, vocab, pretrained, pretrained_vocab):
     """Copy what a trained network of the same sizes has learned -> {character: old character}.
 
-    For these characters their vectors and rows of the head's weight, and every level between. The
-    head's bias stays: it holds the frequencies of the new list.
+    It is everything, and of what has a place per token, as the rows of the head's weight, those of
+    these characters. The head's bias stays: it holds the frequencies of the new list.
     """
     old_stoi = {char: i for char, i in pretrained_vocab.stoi.items() if i}
     known = {0: 0}  # whatever ends a name
@@ -218,10 +219,11 @@ def load_pretrained(net, vocab, pretrained, pretrained_vocab):
         form = char if char in old_stoi else other_case(char)
         if form in old_stoi:
             known[i] = old_stoi[form]
-    for new, old in zip(net.parameters(), pretrained.parameters(), strict=True):
-        if new is net[0].weight or new is net[-1].weight:
-            new[[*known]] = old[[*known.values()]]
-        elif new is not net[-1].bias:
-            new.copy_(old)
+    wider = WaveNet(**net.config | {"vocab_size": len(vocab) + 1})  # it has one more of each place
+    for new, old, more in zip(*(each.parameters() for each in (net, pretrained, wider))):
+        extra = [m - n for n, m in zip(new.shape, more.shape)]
+        if new is not getattr(net[-1], "bias", None) and {*extra} <= {0, 1}:
+            places = [known if k else {i: i for i in range(n)} for k, n in zip(extra, new.shape)]
+            new[ix_(*map(list, places))] = old[ix_(*(list(each.values()) for each in places))]
     taken = {vocab.chars[i]: pretrained_vocab.chars[old] for i, old in known.items() if i}
     return {char: old for char, old in taken.items() if char != CASE_MARK}

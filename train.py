@@ -165,7 +165,8 @@ def calibrate(net, tokens, vocab):
     A network is too sure of what it knows by heart, arXiv:1706.04599: less of it leaves more to the
     bias, the frequencies of the characters.
     """
-    return min(zip(evaluate(net, tokens, vocab, SCALES), SCALES))
+    scales = SCALES if hasattr(net[-1], "weight") else [1.0]
+    return min(zip(evaluate(net, tokens, vocab, scales), scales))
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ def recompute_statistics(net, tokens, batches):
     generator = torch.Generator().manual_seed(0)
     net.eval()  # no Dropout
     for module in net.modules():
-        if hasattr(module, "running_mean"):
+        if getattr(module, "running_mean", None) is not None:
             module.train().num_batches_tracked.zero_()
             module.momentum = None  # the mean of all batches
     # A short list has few distinct windows, which need no large batch.
@@ -205,12 +206,11 @@ def validate(average, vocab, data, args, run):
 @torch.no_grad()
 def finalize(config, best, data, vocab):
     """(network, scale): the best weights as they are written, without Dropout, logits scaled."""
-    net = WaveNet(**config)
-    # By position: without Dropout, which needs no place in the file, layers have other numbers.
-    net.load_state_dict(dict(zip(net.state_dict(), best["state_dict"].values(), strict=True)))
+    net = runs.without_dropout(config, best["state_dict"])
     recompute_statistics(net, data["train"], batches=16)
     _, scale = calibrate(net, data["val"], vocab)
-    net[-1].weight.mul_(scale)
+    if scale != 1:
+        net[-1].weight.mul_(scale)
     return net.eval(), scale
 
 
@@ -221,10 +221,10 @@ def build_parser():
     parser = cli.Parser(description=__doc__)
     whole, real = partial(bounded, int), partial(bounded, float)
     n, size = partial(whole, 1, 10**12), partial(whole, 1, model.MAX_SIZE)
+    block = partial(whole, 1, model.MAX_BLOCK_SIZE)
     batch_size, threads = partial(whole, 2, 10**6), partial(whole, 1, 1024)
     seed, dropout = partial(whole, 0, 2**32 - 1), partial(real, 0, 0.99)
     share, positive = partial(real, 0, 1), partial(real, 1e-6, 1e6)
-    blocks = [2**i for i in range(1, 11)]
     add = parser.add_argument_group("files").add_argument
     add("--data", metavar="LIST", default=NAMES, help="one name per line (names.txt)")
     add("--column", metavar="C", help="of a table: the number or the heading of its column")
@@ -243,7 +243,7 @@ def build_parser():
     add("--threads", type=threads, metavar="N", default=1, help="processor cores to use (1)")
     add("--device", type=cli.device, metavar="D", default="cpu", help="cpu, cuda or mps (cpu)")
     add = parser.add_argument_group("network").add_argument
-    add("--block-size", type=int, choices=blocks, metavar="N", default=16, help="2 ... 1024 (16)")
+    add("--block-size", type=block, metavar="N", default=16, help="2, 4, 8 ... 1024 (16)")
     add("--n-embd", type=size, metavar="N", default=24, help="size of a character's vector (24)")
     add("--n-hidden", type=size, metavar="N", default=280, help="channels of each level (280)")
     return parser
@@ -261,6 +261,7 @@ def train_list(args, setup):
     data = {part: windows(some, vocab, args.block_size) for part, some in parts.items()}
     chosen = recipe.fill_in(args, len(data["train"]), len(vocab))
     net = new_network(args, vocab, data["train"], setup.pretrained)
+    runs.check_network(net, vocab, data["train"])
     average = copy.deepcopy(net)
     run = runs.Run(args, setup, net, average, lists.sha256(names))
     report.describe(len(names), vocab, data, net, chosen)

@@ -27,13 +27,15 @@ def is_stack_of(net, classes):
 
 
 def has_fast_way(net):
-    """Whether `net` is a stack of FAST, in which only pairs are joined, first after the embedding.
-
-    Only there each level is made of the distinct pairs of the one below.
+    """Whether `net` is a stack of FAST, in which only pairs are joined, first after the embedding,
+    until one row is left of each context. Only there each level is made of the distinct pairs of
+    the one below.
     """
-    if not is_stack_of(net, FAST) or type(net[1]) is not FlattenConsecutive:
+    if not is_stack_of(net, FAST):
         return False
-    return all(layer.n == 2 for layer in net if isinstance(layer, FlattenConsecutive))
+    joined = [layer.n for layer in net if isinstance(layer, FlattenConsecutive)]
+    pairs = {*joined} == {2} and type(net[1]) is FlattenConsecutive
+    return pairs and 2 ** len(joined) == net.config["block_size"]
 
 
 class Level(NamedTuple):
@@ -115,9 +117,24 @@ def backward(net, rows, grad_out):
             grad_out = sum_uses(grad_out.flatten(0, 1), children, n_below)
 
 
+def part_size(net):
+    """How many windows to measure at once: with at most 128 MB of logits. In the plain way, the
+    more are looked at together, the fewer contexts are computed."""
+    most = 8192 if has_fast_way(net) else 2**22 // net.config["block_size"]
+    return min(most, 2**25 // net.config["vocab_size"])
+
+
 def logits(net, contexts):
-    """net(contexts): (B, T) int64 -> (B, V)."""
-    return forward(net, distinct_rows(net, contexts[None])[0])
+    """net(contexts): (B, T) int64 -> (B, V).
+
+    In eval mode, where a context's logits depend on nothing else, the plain way computes each
+    distinct context once, 2^15 positions at a time.
+    """
+    if has_fast_way(net) or any(module.training for module in net.modules()):
+        return forward(net, distinct_rows(net, contexts[None])[0])
+    distinct, ids = contexts.unique(dim=0, return_inverse=True)
+    parts = distinct.split(max(1, 2**15 // contexts.shape[1]))
+    return torch.cat([net(part) for part in parts]).index_select(0, ids)
 
 
 def gradients(net, rows, targets):
@@ -130,6 +147,9 @@ def gradients(net, rows, targets):
         with torch.enable_grad():
             loss = cross_entropy(net(rows.contexts), targets)
             loss.backward()
+        for parameter in net.parameters():
+            if parameter.grad is None:  # a layer that this network does not use
+                parameter.grad = torch.zeros_like(parameter)
         return loss.detach()
     with torch.inference_mode():  # each operation takes less time than under no_grad
         loss = cross_entropy(forward(net, rows), targets)
