@@ -854,8 +854,10 @@ def test_the_edits_of_400_names_are_quickly_counted(shipped, visit):
 def test_fewer_than_asked_for_is_said(visit, tmp_path):
     net, chars = wavenet(".ab", end=1.0), ".ab"
     write_page(net, chars, path := tmp_path / "page.html", names=["ab"])
-    page = visit(path, hash="#best=on&count=20&maxLength=5&new=")
-    page.wait_for_function("() => message.innerText.includes(' of 20 names found among')")
+    page = visit(path)
+    page.evaluate("location.hash = '#best=on&count=20&maxLength=5&new='")
+    said = "() => message.innerText.includes(' of 20 names found among')"
+    page.wait_for_function(said, timeout=60_000)
     names = names_on(page)
     assert 2 < len(names) < 20 and "ab" not in names
     assert page.inner_text("#message").startswith(f"{len(names)} of 20 names")
