@@ -894,7 +894,7 @@ def test_a_seed_gives_the_names_that_it_gives_in_python(tiny, visit):
         while True:
             chances = chances_after(tiny, name)
             point, char = next(points) * sum(chances.values()), ""
-            for char, p in chances.items():
+            for char, p in chances.items():  # noqa: B007
                 point -= p
                 if point < 0:
                     break
@@ -1060,7 +1060,7 @@ def test_capitals_that_the_list_has_otherwise(visit, tmp_path):
     assert said == "No name begins with gal: did you mean Gal?"
     assert all(name.startswith("gal") for name in drawing(page))  # and still draws
     for text in "Gal", "ll":
-        assert drawing(page, lambda page: page.fill("#start", text))
+        assert drawing(page, lambda page, text=text: page.fill("#start", text))
         assert page.locator("em").count() == 0
     page.fill("#start", "")
     page.fill("#max-length", "2")
@@ -1143,7 +1143,7 @@ def test_space_with_another_key_is_left_alone(tiny, visit):
 
 def test_the_keyboard_inside_the_tree_the_table_and_the_kept_names(tiny, visit):
     page = visit(tiny, hash="#text=abc")
-    for box, kind in ("#tree", "canvas"), ("#chances", "tr"):
+    for box in "#tree", "#chances":
         one = f"{box} [tabindex='0']"
         assert page.locator(one).count() == 1 and page.locator(f"{box} [tabindex]").count() > 2
         page.focus(one)
