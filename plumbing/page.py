@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import hashlib
 import json
 import os
 
@@ -49,8 +50,24 @@ def is_page(path):
     return holds(path, b'id="network">{')
 
 
-def write_page(path, net, vocab, title, names, temperature=1.0):
-    """Fill page.html with the network, and with the list where only new names are wanted."""
+def write_page(
+    path,
+    net,
+    vocab,
+    title,
+    names,
+    temperature=1.0,
+    *,
+    quantiles=None,
+    heading=None,
+    min_length=1,
+    max_length=None,
+):
+    """Fill page.html with the network, and with the list where only new names are wanted.
+
+    `title` is what the list is called; `heading` stands at the top, and in the title bar. With the
+    `quantiles` of losses that training keeps, a name's number is how many percent fit worse.
+    """
     if not is_stack_of(net, LAYERS):
         raise ValueError("--page knows only the layers of layers.py, and this network has others")
     with open(TEMPLATE, encoding="utf-8") as file:
@@ -58,7 +75,10 @@ def write_page(path, net, vocab, title, names, temperature=1.0):
     if not mark:
         raise ValueError(f"{TEMPLATE} has no place for the network: get it anew")
     network = {"config": net.config, "chars": list(vocab.chars), "mark": vocab.mark or -1}
-    network |= {"title": title, "temperature": temperature, "layers": page_layers(net)}
+    network |= {"layers": page_layers(net)}
+    network["id"] = hashlib.sha256(json.dumps(network).encode()).hexdigest()[:12]
+    network |= {"title": title, "heading": heading, "temperature": temperature}
+    network |= {"minLength": min_length, "maxLength": max_length or 1000, "quantiles": quantiles}
     if names:
         log(f"the page holds the list of {len(names):,} names: mind who may see it")
         names = base64.b64encode(gzip.compress("\n".join(names).encode(), mtime=0)).decode()

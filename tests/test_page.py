@@ -1,6 +1,7 @@
 """The page in a real browser: what it computes, compared with torch, and what it does."""
 
 import base64
+import bisect
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from rapidfuzz.distance import Levenshtein
 
 import model
 import sampling
@@ -27,11 +29,11 @@ MARK = "\u000e"
 LETTERS = ".abcdefghij"
 
 
-def write_page(net, chars, path, names=None, title="a list"):
+def write_page(net, chars, path, names=None, title="a list", **settings):
     """The only place that knows how a page is made."""
     vocab = model.Vocabulary(["".join(chars[1:])])
     assert vocab.chars == "".join(chars)
-    plumbing_page.write_page(path, net, vocab, title, names)
+    plumbing_page.write_page(path, net, vocab, title, names, **settings)
 
 
 # Networks
@@ -634,7 +636,8 @@ def test_what_comes_next(shipped, visit):
     page.fill("#text", "emma")
     probs = logits_of(path, chars, ["", "e", "em", "emm", "emma"]).softmax(1)
     rows = page.query_selector_all("#chances tr[tabindex]")
-    assert [row.query_selector("th").inner_text() for row in rows] == ["", "e", "em", "emm", "emma"]
+    heads = [row.query_selector("th").inner_text() for row in rows]
+    assert heads == ["(start)", "e", "em", "emm", "emma"]
     for row, came, p in zip(rows, ["e", "m", "m", "a", "end"], probs):
         cells = row.query_selector_all("td")
         assert len(cells) == 27
@@ -650,8 +653,14 @@ def test_what_comes_next(shipped, visit):
     assert page.inner_text("#likeliest").startswith("After “”:")
     page.fill("#text", "emma")
     assert f"{losses_of(path, chars, ['emma'])[0]:.2f} nats" in page.inner_text("#likeliest")
-    page.fill("#text", "emma1")
-    assert "“1” is not among" in page.inner_text("#likeliest")
+    # An unknown letter is said beside the field; the table and the tree follow what is known.
+    page.fill("#text", "em1ma")
+    assert "“1” is not among" in page.inner_text("label:has(#text) em")
+    assert page.locator("#chances tr[tabindex]").count() == 3
+    assert page.inner_text("#fed").startswith("After “em”") and not page.inner_text("#likeliest")
+    page.fill("#text", "")
+    assert page.locator("label:has(#text) em").count() == 0
+    assert page.inner_text("#likeliest") == ""
 
 
 def test_a_large_alphabet_shows_the_likeliest(visit, tmp_path):
@@ -770,6 +779,436 @@ def test_keyboard_and_screen_reader(tiny, visit):
     page.focus("#start")
     page.keyboard.press("Tab")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+# The best, and far from the list
+
+
+def is_alike(a, b):
+    """As --best leaves out: within two edits, of short names within one, of the shortest none."""
+    shorter = min(len(a), len(b))
+    return Levenshtein.distance(a, b) <= (0 if shorter < 3 else 1 if shorter < 5 else 2)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(minEdits=2), dict(maxLength=4), dict(start="jo")])
+def test_the_best_of_20_times_as_many(settings, shipped, visit):
+    _, chars, names, path = shipped
+    page = visit(path)
+    settings |= dict(seed=5)
+    best = draw(page, count=20, best=True, **settings)
+    pool = draw(page, count=400, new=True, **settings)  # the same seed draws the same names
+    losses = dict(zip(pool, losses_of(path, chars, pool)))
+    wanted = []
+    for name in sorted(pool, key=losses.get):
+        if len(wanted) < 20 and not any(is_alike(name, other) for other in wanted):
+            wanted.append(name)
+    assert best == wanted and len(best) == 20 and not set(best) & set(names)
+
+
+@pytest.mark.parametrize("least", [1, 2, 3, 4])
+def test_names_are_so_many_edits_from_the_list(least, shipped, visit):
+    _, _, names, path = shipped
+    page = visit(path)
+    everything = draw(page, count=600, seed=7, new=True)
+    edits = [min(Levenshtein.distance(name, other) for other in names) for name in everything[:80]]
+    wanted = [name for name, e in zip(everything, edits) if e >= least]
+    found = draw(page, count=len(wanted) or 1, seed=7, minEdits=least) if wanted else []
+    assert found == wanted and (wanted or least == 4)
+
+
+def test_edits_are_measured_between_characters_whatever_the_case(visit, tmp_path):
+    chars = f".{MARK} abcdé😀"
+    names = ["Ab 😀", "ÉCA", "dad 😀a", "CAÉbba", "BéÉ"]
+    write_page(wavenet(chars, end=1.0), chars, path := tmp_path / "page.html", names=names)
+    page = visit(path)
+    for least in 2, 3:
+        pool = draw(page, count=300, seed=3, new=True, maxLength=8)
+        wanted = [
+            name
+            for name in pool
+            if min(Levenshtein.distance(name.lower(), o.lower()) for o in names) >= least
+        ]
+        assert 10 < len(wanted) < 300
+        found = draw(page, count=len(wanted), seed=3, minEdits=least, maxLength=8)
+        assert found == wanted
+
+
+def test_the_edits_of_400_names_are_quickly_counted(shipped, visit):
+    page = visit(shipped[3])
+    timed = """async settings => {
+        const gaps = []; let last = performance.now(), done = false;
+        const beat = () => { gaps.push(performance.now() - last); last += gaps.at(-1);
+            if (!done) setTimeout(beat); };
+        beat();
+        const start = performance.now();
+        await wavenet.draw(settings);
+        const seconds = (performance.now() - start) / 1000;
+        done = true;
+        return [seconds, Math.max(...gaps)]; }"""
+    page.evaluate(timed, dict(count=1, minEdits=2))
+    plain, _ = page.evaluate(timed, dict(count=400, new=True, seed=1))
+    far, gap = page.evaluate(timed, dict(count=400, minEdits=1, seed=1))
+    assert far - plain < 1 and gap < 300
+
+
+def test_fewer_than_asked_for_is_said(visit, tmp_path):
+    net, chars = wavenet(".ab", end=1.0), ".ab"
+    write_page(net, chars, path := tmp_path / "page.html", names=["ab"])
+    page = visit(path)
+    page.evaluate("location.hash = '#best=on&count=20&maxLength=5&new='")
+    said = "() => message.innerText.includes(' of 20 names found among')"
+    page.wait_for_function(said, timeout=60_000)
+    names = names_on(page)
+    assert 2 < len(names) < 20 and "ab" not in names
+    assert page.inner_text("#message").startswith(f"{len(names)} of 20 names")
+    assert not any(is_alike(a, b) for i, a in enumerate(names) for b in names[:i])
+
+
+def test_what_a_page_without_a_list_cannot_do(visit, tmp_path):
+    write_page(wavenet(end=1.0), LETTERS, path := tmp_path / "page.html")
+    page = visit(path)
+    assert not page.is_visible("#min-edits") and not page.is_visible("#new")
+    page.check("#best")
+    assert len(drawing(page)) == 20
+    with pytest.raises(playwright.Error, match="not in this page"):
+        draw(page, minEdits=2)
+
+
+# Seeds, and what was there before
+
+
+def sfc32(seed):
+    """Doty-Humphrey's generator in Python."""
+    a, b, c, n, M = 0, seed, 0, 1, 2**32 - 1
+    for i in range(10**9):
+        out, n = (a + b + n) & M, n + 1
+        a, b, c = b ^ b >> 9, (c + (c << 3)) & M, (((c << 21 | c >> 11) & M) + out) & M
+        if i >= 12:
+            yield out / 2**32
+
+
+def test_a_seed_gives_the_names_that_it_gives_in_python(tiny, visit):
+    page = visit(tiny)
+    for seed in 0, 1, 7, 2**32 - 1:
+        points, name = sfc32(seed), ""
+        while True:
+            chances = chances_after(tiny, name)
+            point, char = next(points) * sum(chances.values()), ""
+            for char, p in chances.items():  # noqa: B007
+                point -= p
+                if point < 0:
+                    break
+            if not char:
+                break
+            name += char
+        assert draw(page, count=1, seed=seed) == [name]
+
+
+def test_a_link_gives_the_same_names_and_the_button_the_previous_ones(tiny, visit):
+    page = visit(tiny)
+    assert not page.is_visible("#previous")
+    first = names_on(page)
+    assert names_on(visit(tiny, hash=page.evaluate("location.hash"))) == first
+    seed = page.input_value("#seed")
+    page.fill("#text", "abc")
+    shorter = drawing(page, lambda page: page.fill("#count", "5"))
+    assert page.input_value("#seed") == seed and shorter == first[:5]
+    third = drawing(page)
+    assert page.input_value("#seed") != seed and third != shorter
+    assert drawing(page, lambda page: page.click("#previous")) == shorter
+    assert drawing(page, lambda page: page.click("#previous")) == first
+    assert page.input_value("#count") == "20" and page.input_value("#text") == "abc"
+    assert not page.is_visible("#previous")
+
+
+# How it looks
+
+
+def luminance(rgb):
+    """WCAG 2: relative luminance of sRGB from 0 to 1."""
+    r, g, b = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in rgb)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def rgba(text):
+    numbers = [float(x) for x in re.findall(r"(?<![a-z])[\d.]+(?:e-?\d+)?", text)]
+    scale = 1 if text.startswith("color(") else 255
+    return [x / scale for x in numbers[:3]], (numbers + [1.0])[3]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_a_contrast_of_four_and_a_half(scheme, shipped, visit):
+    page = visit(shipped[3], hash="#text=emma&best=on", color_scheme=scheme)
+    page.click("#names button")
+    page.fill("#count", "0")
+    page.wait_for_selector("#names.stale")
+    page.fill("#text", "qu1")
+    for text in "qu1", "emma", "jq":  # q is followed by u: a dark cell
+        page.fill("#text", text)
+        colours = page.evaluate("""() => {
+            const found = [], walker = document.createTreeWalker(document.querySelector("main"), 4);
+            const none = colour => /rgba\\(.*, 0\\)/.test(colour);
+            while (walker.nextNode()) {
+                const at = walker.currentNode.parentElement, style = getComputedStyle(at);
+                if (!walker.currentNode.data.trim() || !at.getClientRects().length) continue;
+                let under = at;
+                while (under && none(getComputedStyle(under).backgroundColor))
+                    under = under.parentElement;
+                found.push([at.namespaceURI.endsWith("svg") ? style.fill : style.color,
+                    getComputedStyle(under ?? document.body).backgroundColor,
+                    walker.currentNode.data]);
+            }
+            for (const input of document.querySelectorAll("[placeholder]"))
+                found.push([getComputedStyle(input, "::placeholder").color,
+                    getComputedStyle(input).backgroundColor, "placeholder"]);
+            return found; }""")
+        assert len(colours) > 100
+        for fore, back, words in colours:
+            (front, solid), (ground, opaque) = rgba(fore), rgba(back)
+            assert solid == opaque == 1
+            a, b = sorted((luminance(front), luminance(ground)))
+            assert (b + 0.05) / (a + 0.05) >= 4.5, (words, fore, back)
+    assert "light-dark(" not in Path(shipped[3]).read_text("utf-8")[:20_000]  # not in older Safari
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_targets_heads_and_landmarks(width, shipped, visit):
+    page = visit(shipped[3], width=width)
+    page.click("#names button")
+    page.click("#draw")
+    page.wait_for_selector("#previous:not([hidden])")
+    if width < 720:
+        page.click("summary")
+    sizes = """() => [...document.querySelectorAll("button, input, summary, a")]
+        .map(e => [e.id, e.getBoundingClientRect()]).filter(([, box]) => box.width)
+        .map(([id, box]) => [id, box.width, box.height])"""
+    small = [size for size in page.evaluate(sizes) if min(size[1:]) < 24]
+    assert small == []
+    assert page.locator("main").count() == 1 and page.locator("main h1").count() == 1
+    heads = page.eval_on_selector_all("th", "all => all.map(e => e.textContent.trim())")
+    assert heads and all(heads)
+
+
+def test_a_phone_breaks_no_name_and_says_how_many_are_kept(shipped, visit):
+    page = visit(shipped[3], hash="#count=200&new=", width=360)
+    broken = """() => [...document.querySelectorAll("#names bdi")].filter(e =>
+        e.getClientRects().length > 1 || e.offsetHeight > 30).map(e => e.innerText)"""
+    assert page.evaluate(broken) == []
+    assert page.locator("#draw").bounding_box()["height"] < 50
+    assert not page.is_visible("#to-kept")
+    for i in 0, 1:
+        page.click(f"#names button >> nth={i}")
+    assert page.inner_text("#to-kept") == "2 kept"
+    for y in 0, 3000:
+        page.evaluate("y => scrollTo(0, y)", y)
+        box = page.locator("#to-kept").bounding_box()
+        assert 0 < box["y"] < 844 - box["height"]
+    before = page.evaluate("location.hash")
+    page.evaluate("scrollTo(0, 0)")
+    page.click("#to-kept")
+    page.wait_for_function("() => scrollY > 300")
+    assert page.locator("#kept").bounding_box()["y"] < 844
+    assert page.evaluate("location.hash") == before
+
+
+def test_the_map_moves_letters_apart_a_little(shipped, visit):
+    page = visit(shipped[3])
+    read = "(all, by) => all.map(e => by.map(k => +e.getAttribute(k)))"
+    truth = torch.tensor(page.eval_on_selector_all("#map text", read, ["x", "y"]))
+    moved = torch.tensor(page.eval_on_selector_all("#map text", read, ["dx", "dy"]))
+    nearest = lambda at: torch.pdist(at).min()  # noqa: E731
+    assert nearest(truth) < 9 and nearest(truth + moved) > 11
+    assert moved.norm(dim=1).max() < 20
+    assert "Map of the characters" in page.inner_text("h3")
+
+
+# What is wrong, and other places to run in
+
+
+def test_what_is_wrong_is_said_beside_its_field(tiny, visit):
+    page = visit(tiny)
+    wrong = (
+        ("#count", "0", "whole number from 1 to 1000"),
+        ("#count", "1001", "whole number from 1 to 1000"),
+        ("#count", "2.5", "whole number from 1 to 1000"),
+        ("#top-k", "0", "whole number from 1."),
+        ("#match", "(", "“(” is not a regular expression"),
+        ("#start", "é", "“é” is not among the characters"),
+        ("#max-length", "0", "whole number from 1 to 1000"),
+    )
+    for field, text, words in wrong:
+        before = page.input_value(field)
+        page.fill(field, text)
+        page.wait_for_selector("#names.stale")
+        assert words in page.inner_text(f"label:has({field}) em")
+        assert page.locator("#settings em").count() == 1
+        assert page.get_attribute(field, "aria-invalid") == "true" and names_on(page)
+        page.fill(field, before)
+        page.wait_for_selector("#names:not(.stale)")
+        assert page.locator("em").count() == 0
+        assert page.get_attribute(field, "aria-invalid") == "false"
+
+
+def test_capitals_that_the_list_has_otherwise(visit, tmp_path):
+    chars = f".{MARK}agln"
+    names = ["Gal", "Galla", "Nala"]
+    write_page(wavenet(chars, end=1.0), chars, path := tmp_path / "page.html", names=names)
+    page = visit(path)
+    page.fill("#start", "gal")
+    page.wait_for_selector("label:has(#start) em")
+    said = page.inner_text("label:has(#start) em")
+    assert said == "No name begins with gal: did you mean Gal?"
+    assert all(name.startswith("gal") for name in drawing(page))  # and still draws
+    for text in "Gal", "ll":
+        assert drawing(page, lambda page, text=text: page.fill("#start", text))
+        assert page.locator("em").count() == 0
+    page.fill("#start", "")
+    page.fill("#max-length", "2")
+    page.fill("#match", "X")
+    page.click("#draw")
+    page.wait_for_selector("label:has(#match) em", timeout=60_000)
+    assert "Capital letters count" in page.inner_text("label:has(#match) em")
+
+
+def test_an_accent_behind_the_caret(visit, tmp_path):
+    write_page(wavenet(chars := ".abé"), chars, path := tmp_path / "page.html")
+    page = visit(path)
+    page.fill("#text", "ae\u0301b")  # e alone is not known, é is
+    page.evaluate("text.setSelectionRange(2, 2)")
+    page.locator("#text").press("Shift")
+    assert page.inner_text("#fed").startswith("After “aé”")
+    page.evaluate("text.setSelectionRange(1, 1)")
+    page.locator("#text").press("Shift")
+    assert page.inner_text("#fed").startswith("After “a”")
+
+
+@pytest.mark.parametrize("sandbox", [None, "allow-scripts"])
+def test_inside_a_notebook(sandbox, tiny, browser):
+    page = browser.new_page()
+    page.set_content("<iframe width=1000 height=900></iframe>")
+    page.evaluate(
+        """([text, sandbox]) => { const frame = document.querySelector("iframe");
+        if (sandbox) frame.sandbox = sandbox; frame.srcdoc = text; }""",
+        [Path(tiny).read_text("utf-8"), sandbox],
+    )
+    frame = page.frame_locator("iframe")
+    frame.locator("#names button >> nth=19").wait_for()
+    before = frame.locator("#names").inner_text()
+    frame.locator("#draw").click()
+    frame.locator("#previous").wait_for()
+    assert frame.locator("#names").inner_text() != before
+    frame.locator("#names button >> nth=0").click()
+    assert frame.locator("#kept button").count() == 1
+    page.close()
+
+
+def test_older_browsers_and_none(tiny, visit, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"file://{tiny}")
+    assert "needs JavaScript" in page.inner_text("main")
+    context.close()
+    context = browser.new_context()  # Safari before 17
+    context.add_init_script("delete URLSearchParams.prototype.size")
+    page = visit(tiny, hash="#count=3&new=", context=context)
+    assert len(names_on(page)) == 3
+    context.close()
+
+
+def test_the_shelf_belongs_to_the_network(visit, tmp_path):
+    paths = [tmp_path / f"{i}.html" for i in range(3)]
+    write_page(wavenet(end=1.0), LETTERS, paths[0], title="one")
+    write_page(wavenet(end=1.0), LETTERS, paths[1], title="two", names=["a"], heading="Three")
+    write_page(wavenet(end=1.1), LETTERS, paths[2], title="one")
+    page = visit(paths[0])
+    name = names_on(page)[0]
+    page.click("#names button")
+    assert kept_on(visit(paths[1], context=page.context)) == [name]
+    assert kept_on(visit(paths[2], context=page.context)) == []
+    assert len({content(path)["id"] for path in paths}) == 2
+    assert re.fullmatch("[0-9a-f]{12}", content(paths[0])["id"])
+
+
+def test_space_with_another_key_is_left_alone(tiny, visit):
+    page = visit(tiny)
+    before = page.input_value("#seed")
+    page.evaluate("document.activeElement.blur()")
+    for key in "Control", "Shift", "Alt":
+        page.keyboard.press(f"{key}+Space")
+    assert page.input_value("#seed") == before
+    page.evaluate("scrollTo(0, 0)")
+    page.keyboard.press("Space")
+    assert page.input_value("#seed") != before
+
+
+def test_the_keyboard_inside_the_tree_the_table_and_the_kept_names(tiny, visit):
+    page = visit(tiny, hash="#text=abc")
+    for box in "#tree", "#chances":
+        one = f"{box} [tabindex='0']"
+        assert page.locator(one).count() == 1 and page.locator(f"{box} [tabindex]").count() > 2
+        page.focus(one)
+        page.keyboard.press("ArrowDown")
+        index = "box => [...document.querySelectorAll(box)].indexOf(document.activeElement)"
+        assert page.evaluate(index, f"{box} [tabindex]") == 1
+        assert page.locator(one).count() == 1
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate(index, f"{box} [tabindex]") == 0
+        page.keyboard.press("Tab")
+        assert page.evaluate(index, f"{box} [tabindex]") == -1
+    names = list(dict.fromkeys(names_on(page)))[:3]
+    for name in names:
+        page.click(f"#names [data-name={name}]")
+    focus = "document.activeElement.dataset.name ?? document.activeElement.id"
+    page.focus(f"#kept [data-name={names[1]}]")
+    for expected in names[2], names[0], "draw":
+        page.keyboard.press("Enter")
+        assert page.evaluate(focus) == expected
+    assert kept_on(page) == []
+
+
+def test_a_name_that_is_clicked_is_explained(tiny, visit):
+    page = visit(tiny)
+    name = names_on(page)[3]
+    page.click("#names button >> nth=3")
+    assert page.input_value("#text") == name
+    heads = page.eval_on_selector_all("#chances [scope=row]", "all => all.map(e => e.innerText)")
+    assert heads == ["(start)", *(name[: i + 1] for i in range(len(name)))]
+    assert page.inner_text("#fed").startswith(f"After “{name}”")
+
+
+# What Python gives
+
+
+def test_the_number_is_that_of_score(visit, tmp_path):
+    quantiles = [1 + 0.02 * i for i in range(101)]
+    path = tmp_path / "page.html"
+    write_page(wavenet(end=1.0), LETTERS, path, quantiles=quantiles)
+    page = visit(path, hash="#count=200&temperature=2")
+    rows = "all => all.map(e => [e.dataset.name, e.querySelector('small').innerText, e.title])"
+    shown = page.eval_on_selector_all("#names button", rows)
+    losses = losses_of(path, LETTERS, [name for name, _, _ in shown])
+    for loss, (_, number, title) in zip(losses, shown):
+        near = {max(0, 100 - bisect.bisect_left(quantiles, loss + e)) for e in (-1e-3, 1e-3)}
+        assert int(number) in near and abs(float(title.split()[0]) - loss) < 2e-3
+        assert title.endswith(" nats per character")
+    assert len({number for _, number, _ in shown}) > 10
+    assert "held-out names" in page.inner_text("#number")
+    write_page(wavenet(end=1.0), LETTERS, path)
+    assert "nats per character" in visit(path).inner_text("#number")
+
+
+def test_heading_and_lengths(visit, tmp_path):
+    path, heading = tmp_path / "page.html", "Names & <b>towns</b>"
+    settings = dict(heading=heading, min_length=3, max_length=6)
+    write_page(wavenet(end=1.0), LETTERS, path, title="towns.txt", **settings)
+    page = visit(path)
+    assert page.inner_text("h1") == heading == page.title()
+    assert page.inner_text("#list") == "towns.txt"
+    assert page.input_value("#min-length") == "3" and page.input_value("#max-length") == "6"
+    assert {len(name) for name in names_on(page)} <= {3, 4, 5, 6}
+    write_page(wavenet(end=1.0), LETTERS, path)
+    page = visit(path)
+    assert page.inner_text("h1") == "New names" == page.title()
 
 
 def test_the_page_can_load_nothing_and_run_no_text(tiny, browser):
