@@ -1,5 +1,6 @@
 """What a model is: the vocabulary, windows, the network, and the file that keeps all three."""
 
+import math
 import os
 import re
 from collections import Counter
@@ -7,12 +8,11 @@ from itertools import chain
 from unicodedata import category
 
 import torch
-from numpy import ix_
 from torch import nn
 
 from layers import BatchNorm1d, Dropout, Embedding, FlattenConsecutive, Linear, Tanh
 from plumbing import fast
-from plumbing.files import read_checkpoint, write_checkpoint
+from plumbing.files import SIZES, is_plausible, read_checkpoint, write_checkpoint
 
 END, LINE_END = ".", "\n"  # ends a name and pads its context; where names hold ".", LINE_END does
 CASE_MARK = "\x0e"  # before a letter: the other case of it; a control character is in no name
@@ -95,9 +95,6 @@ def contexts_and_targets(tokens):
     return contexts * own, targets
 
 
-SIZES = "vocab_size", "block_size", "n_embd", "n_hidden"  # of a network: its config
-
-
 class WaveNet(nn.Sequential):
     """The network: contexts (B, block_size) int64 -> logits (B, vocab_size).
 
@@ -127,7 +124,7 @@ class WaveNet(nn.Sequential):
         return nn.Sequential(*list(self)[i]) if isinstance(i, slice) else super().__getitem__(i)
 
 
-def token_losses(net, tokens, scales=(1.0,)):
+def token_losses(net, tokens, scales=(1.0,), progress=iter):
     """The loss of each of N windows (N, T + 1), in nats, in eval mode: (N, S).
 
     For each of S scales, that of the logits bias + scale * (logits - bias); bias is the head's.
@@ -135,7 +132,7 @@ def token_losses(net, tokens, scales=(1.0,)):
     bias, losses = getattr(net[-1], "bias", None), []
     bias = 0.0 if bias is None else bias
     with fast.evaluating(net):
-        for part in tokens.split(fast.part_size(net)):
+        for part in progress(tokens.split(fast.part_size(net))):
             contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
             logits = fast.logits(net, contexts)
             scaled = (bias + scale * (logits - bias) for scale in scales)
@@ -146,7 +143,6 @@ def token_losses(net, tokens, scales=(1.0,)):
 
 # The file of a network
 
-MAX_SIZE, MAX_BLOCK_SIZE = 4096, 1024  # of n_embd and n_hidden; of block_size
 CHECKPOINT = "config", "vocab", "layers", "metadata", "state_dict"
 
 
@@ -161,26 +157,12 @@ def save(path, net, vocab, metadata, write=write_checkpoint):
     write(path, dict(zip(CHECKPOINT, content)))
 
 
-def is_plausible(config, chars, metadata, size):
-    """Whether these may be those of a network whose file has `size` bytes."""
-    if [*map(type, (config, chars, metadata))] != [dict, str, dict] or {*config} != {*SIZES}:
-        return False
-    V, T, E, H = (config[key] for key in SIZES)
-    quantiles = metadata.get("quantiles", [0.0] * 101)
-    fits = all(type(n) is int and n > 0 for n in config.values()) and V == len(chars)
-    fits = fits and T <= MAX_BLOCK_SIZE and max(E, H) <= MAX_SIZE and type(quantiles) is list
-    fits = fits and [type(loss) for loss in quantiles if loss >= 0] == [float] * 101
-    fits &= "Cc" not in map(category, chars[1:].replace(CASE_MARK, ""))  # terminals obey those
-    if fits and V * (E + H) + 2 * H * (E + H * T.bit_length()) > 2**24:  # which it may leave unused
-        with torch.device("meta"):  # takes no memory: a small file must not claim gigabytes
-            fits = sum(weight.numel() for weight in WaveNet(**config).parameters()) <= size
-    return fits and Vocabulary([chars[1:]]).chars == chars
-
-
 def rebuild(content, size):
     """The network of a file of `size` bytes. Raises ValueError, or whatever its layers raise."""
     config, chars, layers, metadata, state = (content[key] for key in CHECKPOINT)
-    if not is_plausible(config, chars, metadata, size):
+    unsafe = "Cc" in map(category, chars[1:].replace(CASE_MARK, ""))  # terminals obey those
+    fits = is_plausible(config, metadata, size, WaveNet) and len(chars) == config["vocab_size"]
+    if unsafe or not fits or Vocabulary([chars[1:]]).chars != chars:
         raise ValueError("holds something else")
     net = WaveNet(**config)
     if layer_names(net) != layers:
@@ -219,11 +201,15 @@ def load_pretrained(net, vocab, pretrained, pretrained_vocab):
         form = char if char in old_stoi else other_case(char)
         if form in old_stoi:
             known[i] = old_stoi[form]
+    here, there = torch.tensor([*known]), torch.tensor([*known.values()])
     wider = WaveNet(**net.config | {"vocab_size": len(vocab) + 1})  # it has one more of each place
-    for new, old, more in zip(*(each.parameters() for each in (net, pretrained, wider))):
-        extra = [m - n for n, m in zip(new.shape, more.shape)]
-        if new is not getattr(net[-1], "bias", None) and {*extra} <= {0, 1}:
-            places = [known if k else {i: i for i in range(n)} for k, n in zip(extra, new.shape)]
-            new[ix_(*map(list, places))] = old[ix_(*(list(each.values()) for each in places))]
+    for new, value, more in zip(*(each.parameters() for each in (net, pretrained, wider))):
+        if new is getattr(net[-1], "bias", None):
+            continue
+        for dim, (n, m) in enumerate(zip(new.shape, more.shape)):
+            if m > n:  # nan where a token is not known
+                nans = value.new_full((*value.shape[:dim], n, *value.shape[dim + 1 :]), math.nan)
+                value = nans.index_copy_(dim, here, value.index_select(dim, there))
+        new.copy_(torch.where(value.isnan(), new, value))
     taken = {vocab.chars[i]: pretrained_vocab.chars[old] for i, old in known.items() if i}
     return {char: old for char, old in taken.items() if char != CASE_MARK}

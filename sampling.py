@@ -11,7 +11,6 @@ import os
 import time
 from functools import partial
 from itertools import islice
-from unicodedata import normalize as unicode_form
 
 import torch
 
@@ -20,7 +19,7 @@ from plumbing import fast, lists
 from plumbing.cli import MODEL, bounded, log
 from plumbing.files import check_output
 from plumbing.filters import apart, check_flags, check_start, fitting, read_known
-from plumbing.lists import key, normalize
+from plumbing.lists import composed, key, normalize
 from plumbing.page import is_page, write_page
 from plumbing.recipe import usual_temperature
 
@@ -32,8 +31,6 @@ POOLS = 20, 100  # --best looks at so many times the names asked for; then at mo
 
 
 # Drawing and scoring
-
-composed = partial(unicode_form, "NFC")  # "é" as one character, as the vocabulary has it
 
 
 def generate(net, vocab, n, start="", temperature=1.0, top_k=None, max_length=MAX_LENGTH):
@@ -222,8 +219,7 @@ def print_names(args, net, vocab, known, path):
         print(name)
         found, repeated = found + 1, repeated + (key(name) in in_list)
     if repeated:
-        name = os.path.basename(path)
-        log(f"{repeated:,} of {found:,} are in {name}: --new leaves them out")
+        log(f"{repeated:,} of {found:,} are in {os.path.basename(path)}: --new leaves them out")
     return int(found < args.num_samples)
 
 

@@ -13,7 +13,7 @@ import torch
 
 import model
 from model import Vocabulary, WaveNet, contexts_and_targets, token_losses, windows
-from plumbing import fast, lists, processes, recipe, report, runs
+from plumbing import checks, fast, lists, processes, recipe, report, runs
 from plumbing.cli import NAMES, bounded
 from plumbing.processes import log, rank, world_size
 from plumbing.recipe import smooth_targets, truncate, usual_temperature
@@ -153,9 +153,9 @@ def n_characters(tokens, vocab):
     return len(tokens) - ((tokens[:, -1] == vocab.mark).sum().item() if vocab.mark else 0)
 
 
-def evaluate(net, tokens, vocab, scales=(1.0,)):
+def evaluate(net, tokens, vocab, scales=(1.0,), progress=iter):
     """The mean loss, in nats per character of the names and their ends, for each scale."""
-    losses = token_losses(net, tokens, scales)
+    losses = token_losses(net, tokens, scales, progress)
     return (losses.double().sum(0) / n_characters(tokens, vocab)).tolist()
 
 
@@ -206,7 +206,7 @@ def validate(average, vocab, data, args, run):
 @torch.no_grad()
 def finalize(config, best, data, vocab):
     """(network, scale): the best weights as they are written, without Dropout, logits scaled."""
-    net = runs.without_dropout(config, best["state_dict"])
+    net = checks.without_dropout(config, best["state_dict"])
     recompute_statistics(net, data["train"], batches=16)
     _, scale = calibrate(net, data["val"], vocab)
     if scale != 1:
@@ -220,8 +220,8 @@ def finalize(config, best, data, vocab):
 def build_parser():
     parser = cli.Parser(description=__doc__)
     whole, real = partial(bounded, int), partial(bounded, float)
-    n, size = partial(whole, 1, 10**12), partial(whole, 1, model.MAX_SIZE)
-    block = partial(whole, 1, model.MAX_BLOCK_SIZE)
+    n, size = partial(whole, 1, 10**12), partial(whole, 1, cli.MAX_SIZE)
+    block = partial(whole, 1, cli.MAX_BLOCK_SIZE)
     batch_size, threads = partial(whole, 2, 10**6), partial(whole, 1, 1024)
     seed, dropout = partial(whole, 0, 2**32 - 1), partial(real, 0, 0.99)
     share, positive = partial(real, 0, 1), partial(real, 1e-6, 1e6)
@@ -261,7 +261,7 @@ def train_list(args, setup):
     data = {part: windows(some, vocab, args.block_size) for part, some in parts.items()}
     chosen = recipe.fill_in(args, len(data["train"]), len(vocab))
     net = new_network(args, vocab, data["train"], setup.pretrained)
-    runs.check_network(net, vocab, data["train"])
+    checks.check_network(net, vocab, data["train"])
     average = copy.deepcopy(net)
     run = runs.Run(args, setup, net, average, lists.sha256(names))
     report.describe(len(names), vocab, data, net, chosen)
@@ -286,11 +286,7 @@ def new_network(args, vocab, tokens, pretrained):
         net[-1].bias.data = (token_counts(tokens, vocab) + 0.5).log().log_softmax(0)
     if pretrained:
         report.taken(args.init_from, model.load_pretrained(net, vocab, *pretrained[:2]))
-    if args.device != "cpu":
-        losses = token_losses(net, tokens[:1000])
-        if not torch.allclose(losses, token_losses(net.to(args.device), tokens[:1000]), atol=1e-3):
-            raise ValueError(f"--device {args.device} computes wrongly here: leave it out")
-    return net
+    return net if args.device == "cpu" else checks.moved(net, args.device, tokens[:1000])
 
 
 def finish(net, scale, vocab, parts, data, run):
@@ -298,13 +294,16 @@ def finish(net, scale, vocab, parts, data, run):
 
     Raises ValueError, and writes nothing, when it learned no more than the frequencies.
     """
-    losses = {part: evaluate(net, t[:FINAL_WINDOWS], vocab)[0] for part, t in data.items()}
+    losses = {}
+    for part, tokens in data.items():
+        bar = partial(report.measuring_bar, part)
+        losses[part] = evaluate(net, tokens[:FINAL_WINDOWS], vocab, progress=bar)[0]
     frequencies = token_counts(data["train"], vocab) / len(data["train"])
     per_token = torch.special.entr(frequencies).sum().item()  # the loss of these frequencies
     unigram = per_token * len(data["train"]) / n_characters(data["train"], vocab)
     if not losses["train"] < unigram:
-        what = f"has a loss of {losses['train']:.3f}, counting characters {unigram:.3f}"
-        raise ValueError(f"the network learned nothing, it {what}: lower --lr, or more --steps")
+        what = f"its loss is {losses['train']:.3f}, that of counting characters {unigram:.3f}"
+        raise ValueError(f"the network learned nothing, {what}: lower --lr, or more --steps")
     held_out = parts["val"][:VAL_WINDOWS] + parts["test"][:VAL_WINDOWS]
     scores, n_names = score(net, vocab, held_out), sum(map(len, parts.values()))
     runs.write_network(run, net, vocab, runs.about(run, n_names, losses, scores))

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import torch
 
+from plumbing.cli import MAX_BLOCK_SIZE, MAX_SIZE
+
+SIZES = "vocab_size", "block_size", "n_embd", "n_hidden"  # of a network: its config
+
 
 @contextmanager
 def named(path):
@@ -102,3 +106,20 @@ def read_checkpoint(path, keys, advice):
     earlier = content.keys() & {"made", "origin", "averaged"}
     what = "was written by an earlier version" if earlier else "holds something else"
     raise ValueError(f"{path} {what}: {advice}")
+
+
+def is_plausible(config, metadata, size, build):
+    """Whether these may be those of a network in a file of `size` bytes, which build(**config)
+    makes. Types come first: nothing forged takes time or memory.
+    """
+    if [type(config), type(metadata)] != [dict, dict] or {*config} != {*SIZES}:
+        return False
+    V, T, E, H = (config[key] for key in SIZES)
+    quantiles = metadata.get("quantiles", [0.0] * 101)
+    fits = all(type(n) is int and n > 0 for n in config.values())
+    fits = fits and T <= MAX_BLOCK_SIZE and max(E, H) <= MAX_SIZE and type(quantiles) is list
+    fits = fits and [type(loss) for loss in quantiles if loss >= 0] == [float] * 101
+    if fits and V * (E + H) + 2 * H * (E + H * T.bit_length()) > 2**24:  # or it leaves some unused
+        with torch.device("meta"):  # two seconds, but no memory
+            fits = sum(weight.numel() for weight in build(**config).parameters()) <= 4 * size
+    return fits

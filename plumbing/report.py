@@ -45,6 +45,12 @@ def progress_bar(step, steps):
     return bar
 
 
+def measuring_bar(part, parts):
+    """The parts of a split, with a bar on a terminal while they are measured."""
+    hidden = True if sys.stderr is None else None
+    return tqdm(parts, f"measuring {part}", leave=False, dynamic_ncols=True, disable=hidden)
+
+
 def validation(run, names):
     """Say the last validation loss, the best of those that may be kept, and the first name.
 

@@ -1,7 +1,6 @@
 """What a training owns: its files, of which it is the only writer, and the state to resume from."""
 
 import copy
-import io
 import math
 import os
 from contextlib import contextmanager, nullcontext, suppress
@@ -207,26 +206,6 @@ class Run:
             raise
         if not self.signum and not rank():
             os.remove(self.setup.unfinished)
-
-
-def without_dropout(config, weights):
-    """The network as it is written. By position: without Dropout, layers have other numbers."""
-    net = model.WaveNet(**config)
-    net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
-    return net
-
-
-def check_network(net, vocab, tokens):
-    """Raise ValueError, before the work, for a network that could not be written and loaded."""
-    try:
-        file, plain = io.BytesIO(), without_dropout(net.config, net.state_dict())
-        model.save(file, plain, vocab, {}, write=lambda file, content: torch.save(content, file))
-        content = torch.load(io.BytesIO(file.getvalue()), "cpu", weights_only=True)
-        model.token_losses(model.rebuild(content, file.tell()), tokens[:99])
-    except Exception as error:  # whatever its layers raise
-        raise ValueError(f"WaveNet cannot be written and loaded: {error!r:.300}") from None
-    if not hasattr(net[-1], "weight"):
-        log("the last layer has no weight: the logits will not be scaled")
 
 
 def about(run, n_names, losses, scores):
