@@ -149,10 +149,11 @@ def run(args, given):
         return print("\n".join(explain(net, vocab, normalize(name)) for name in args.explain))
     path, known = read_known(args, metadata)
     if args.page:
-        title = os.path.basename(path or args.data or args.model)
-        temperature = usual_temperature(metadata.get("truncate"))
+        title, names = os.path.basename(path or args.data or args.model), args.new and known
+        more = dict(heading=args.title, quantiles=metadata.get("quantiles"))
+        more["temperature"] = usual_temperature(metadata.get("truncate"))
         check_output(args.page, is_page, [args.model, path, args.data])
-        return write_page(args.page, net, vocab, title, args.new and known, temperature)
+        return write_page(args.page, net, vocab, title, names, **more)
     args.start = normalize(f"{args.start}|")[:-1]  # so blanks at its end stay: "de " is a beginning
     if known and vocab.tokens_of.keys() >= set(args.start):
         check_start(args.start, known)
