@@ -151,10 +151,10 @@ def layer_names(net):
     return [type(module).__name__ for module in net.modules()][1:]
 
 
-def save(path, net, vocab, metadata, write=write_checkpoint):
+def save(path, net, vocab, metadata):
     """Write a network: sizes, vocabulary, layers, how it was trained (a dict), weights."""
     content = net.config, vocab.chars, layer_names(net), metadata, dict(net.state_dict())
-    write(path, dict(zip(CHECKPOINT, content)))
+    write_checkpoint(path, dict(zip(CHECKPOINT, content)))
 
 
 def rebuild(content, size):

@@ -990,7 +990,7 @@ def test_targets_heads_and_landmarks(width, shipped, visit):
 
 
 def test_a_phone_breaks_no_name_and_says_how_many_are_kept(shipped, visit):
-    page = visit(shipped[3], hash="#count=200&new=", width=360)
+    page = visit(shipped[3], hash="#count=200&new=&maxLength=10&seed=7", width=360)
     broken = """() => [...document.querySelectorAll("#names bdi")].filter(e =>
         e.getClientRects().length > 1 || e.offsetHeight > 30).map(e => e.innerText)"""
     assert page.evaluate(broken) == []
