@@ -197,7 +197,9 @@ def test_resume_takes_the_files_the_device_and_how_often_to_save(interrupted, tr
     more = "--data", interrupted / "elsewhere.txt", "--column", 2, "--device", "cpu"
     process = resume(interrupted, *more, "--checkpoint-every", 7)
     assert process.returncode == 0, process.stderr
-    assert result(interrupted)[:2] == result(trained)[:2]
+    (weights, metadata, _), (expected, told, _) = result(interrupted), result(trained)
+    assert weights == expected
+    assert metadata == told | {"list": "elsewhere.txt", "column": "2"}
 
 
 def test_resume_without_a_state_or_with_another_list_is_refused(interrupted, refused):
