@@ -206,7 +206,8 @@ def print_best(args, net, vocab, known):
         best = apart((name for _, name in sorted(zip(score(net, vocab, names), names))), n)
         if len(best) == n:
             break
-    print("\n".join(best))
+    for name in best:
+        print(name)
     if len(best) < n:
         log(f"only {len(best):,} of {n:,} names are as unlike each other as --best has them")
     return int(len(best) < n)

@@ -1257,3 +1257,12 @@ def test_letters_whose_case_leads_one_way_are_themselves(visit, tmp_path):
             "c => { try { wavenet.logits(c); return true; } catch { return false; } }", char
         )
         assert known == (char in vocab.tokens_of), char
+
+
+def test_a_name_of_the_list_is_not_new_in_other_letters(visit, tmp_path):
+    names = ["A", "B", "C", "AB", "Ba"]
+    write_page(wavenet(end=1.0), LETTERS, path := tmp_path / "page.html", names=names)
+    page = visit(path)
+    drawn = draw(page, count=80, maxLength=2, new=True)
+    assert len(set(drawn)) == 80 and not {name.lower() for name in names} & set(drawn)
+    assert {name.lower() for name in names} & set(draw(page, count=300, maxLength=2))
