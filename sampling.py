@@ -27,6 +27,7 @@ BATCH = 20_000  # names drawn at once; 8,192 would take a tenth more time, 40,00
 MAX_LENGTH = 1000  # characters of a name; a network that never ends one would go on for ever
 MAX_MISSES = 10**6  # draws in a row that find nothing, after which it gives up
 PAUSE = 2  # seconds until it says how many were found
+CAPITALS = "; capitals count in --match"
 POOLS = 20, 100  # --best looks at so many times the names asked for; then at more, if too few
 
 
@@ -187,12 +188,11 @@ def sample_matching(args, net, vocab, known, n):
                 if args.new:
                     refused.add(key(name))
                 yield name
+        hint = "" if found or args.match.lower() == args.match.upper() else CAPITALS
         if time.monotonic() - begin > pause:
-            log(f"{found:,} of {n:,} names found among {drawn:,} drawn")
+            log(f"{found:,} of {n:,} names found among {drawn:,} drawn{hint}")
             pause *= 2
     if found < n:
-        capitals = args.match.lower() != args.match.upper() and not found
-        hint = "; capitals count in --match" if capitals else ""
         log(f"only {found:,} of {n:,} names found among {drawn:,} drawn{hint}")
 
 
