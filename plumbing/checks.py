@@ -27,7 +27,7 @@ def check_network(net, vocab, tokens):
         if not torch.allclose(*losses, atol=1e-3, equal_nan=True):
             raise ValueError("it gives other numbers then")
     except Exception as error:  # whatever its layers raise
-        raise ValueError(f"WaveNet cannot be written and loaded: {error!r:.300}") from None
+        raise ValueError(f"WaveNet cannot be run, written and loaded: {error!r:.300}") from None
     if not hasattr(net[-1], "weight"):
         log("the last layer has no weight: the logits will not be scaled")
 

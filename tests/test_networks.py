@@ -163,15 +163,15 @@ REFUSED = {  # of V, T, E, H: layers, and what is said of them
             *(Embedding(V, E), nn.Flatten(), *[Tanh()] * torch.randint(1000, ()).item()),
             Linear(T * E, V),
         ],
-        "cannot be written and loaded",
+        "cannot be run, written and loaded",
     ),
     "no sizes known": (
         lambda V, T, E, H: [Embedding(V, E), nn.Flatten(), nn.LazyLinear(V)],
-        "cannot be written and loaded",
+        "cannot be run, written and loaded",
     ),
     "levels are missing": (
         lambda V, T, E, H: [Embedding(V, E), FlattenConsecutive(2), Linear(2 * E, V)],
-        "cannot be written and loaded",
+        "cannot be run, written and loaded",
     ),
 }
 
