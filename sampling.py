@@ -21,7 +21,6 @@ from plumbing.files import check_output
 from plumbing.filters import apart, check_flags, check_start, fitting, read_known
 from plumbing.lists import composed, key, normalize
 from plumbing.page import is_page, write_page
-from plumbing.recipe import usual_temperature
 
 BATCH = 20_000  # names drawn at once; 8,192 would take a tenth more time, 40,000 twice the memory
 MAX_LENGTH = 1000  # characters of a name; a network that never ends one would go on for ever
@@ -151,10 +150,10 @@ def run(args, given):
     path, known = read_known(args, metadata)
     if args.page:
         title, names = os.path.basename(path or args.data or args.model), args.new and known
-        more = dict(heading=args.title, quantiles=metadata.get("quantiles"))
-        more["temperature"] = usual_temperature(metadata.get("truncate"))
+        recorded = "quantiles", "lengths", "temperature"
+        more = {name: metadata[name] for name in recorded if name in metadata}
         check_output(args.page, is_page, [args.model, path, args.data])
-        return write_page(args.page, net, vocab, title, names, **more)
+        return write_page(args.page, net, vocab, title, names, heading=args.title, **more)
     args.start = normalize(f"{args.start}|")[:-1]  # so blanks at its end stay: "de " is a beginning
     if known and vocab.tokens_of.keys() >= set(args.start):
         check_start(args.start, known)

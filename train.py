@@ -16,7 +16,7 @@ from model import Vocabulary, WaveNet, contexts_and_targets, token_losses, windo
 from plumbing import checks, fast, lists, processes, recipe, report, runs
 from plumbing.cli import NAMES, bounded
 from plumbing.processes import log, rank, world_size
-from plumbing.recipe import smooth_targets, truncate, usual_temperature
+from plumbing.recipe import smooth_targets, truncate
 from sampling import generate, score
 
 VAL_WINDOWS, FINAL_WINDOWS = 25_000, 430_000  # at most: in each validation; of a split at the end
@@ -199,8 +199,7 @@ def validate(average, vocab, data, args, run):
     if loss < run.best["loss"] and (run.step == 0 or run.step > args.steps // 2):
         weights = copy.deepcopy(average.state_dict())
         run.best = dict(step=run.step, loss=loss, state_dict=weights)
-    temperature = usual_temperature(args.truncate)
-    report.validation(run, generate(average, vocab, 20, temperature=temperature, max_length=100))
+    report.validation(run, generate(average, vocab, 20, max_length=100))
 
 
 @torch.no_grad()
@@ -305,11 +304,12 @@ def finish(net, scale, vocab, parts, data, run):
         what = f"its loss is {losses['train']:.3f}, that of counting characters {unigram:.3f}"
         raise ValueError(f"the network learned nothing, {what}: lower --lr, or more --steps")
     held_out = parts["val"][:VAL_WINDOWS] + parts["test"][:VAL_WINDOWS]
-    scores, n_names = score(net, vocab, held_out), sum(map(len, parts.values()))
-    runs.write_network(run, net, vocab, runs.about(run, n_names, losses, scores))
-    temperature = usual_temperature(run.args.truncate)
-    drawn, names = generate(net, vocab, 1000, temperature=temperature), sum(parts.values(), [])
-    report.finished(run, net, losses, scale, temperature, drawn, names)
+    scores, names = score(net, vocab, held_out), sum(parts.values(), [])
+    lengths = min(map(len, names)), max(map(len, names))
+    temperature, drawn = recipe.choose_temperature(net, vocab, names, *lengths)
+    metadata = runs.about(run, len(names), losses, scores, list(lengths), temperature)
+    runs.write_network(run, net, vocab, metadata)
+    report.finished(run, net, losses, scale, metadata, drawn, names)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,7 @@ def write_page(
     *,
     quantiles=None,
     heading=None,
-    min_length=1,
-    max_length=None,
+    lengths=(1, 1000),
 ):
     """Fill page.html with the network, and with the list where only new names are wanted.
 
@@ -78,7 +77,7 @@ def write_page(
     network |= {"layers": page_layers(net)}
     network["id"] = hashlib.sha256(json.dumps(network).encode()).hexdigest()[:12]
     network |= {"title": title, "heading": heading, "temperature": temperature}
-    network |= {"minLength": min_length, "maxLength": max_length or 1000, "quantiles": quantiles}
+    network |= {"minLength": lengths[0], "maxLength": lengths[1], "quantiles": quantiles}
     if names:
         log(f"the page holds the list of {len(names):,} names: mind who may see it")
         names = base64.b64encode(gzip.compress("\n".join(names).encode(), mtime=0)).decode()

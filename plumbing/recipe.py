@@ -1,30 +1,36 @@
-"""What suits a list of its size, and two ways to learn less of a short one by heart.
+"""What suits a list: settings by its size, two ways to learn less by heart, the temperature.
 
 Where no reason stands beside a number, it was the best of several on the validation splits of lists
 that had served for nothing else: tests/RESULTS.md has them, under "The recipe".
 """
 
+from collections import Counter
+
 import torch
 from torch import nn
 
 from model import contexts_and_targets
+from plumbing.lists import key, normalize
+from sampling import generate
 
+TEMPERATURES, DRAWS = (1.0, 0.9, 0.8, 0.7), 5000  # that may be suggested; names drawn at each
 MAX_SMOOTHED = 2**24  # probabilities in a table of smooth_targets(): 64 MB, 600 while it is made
 
 
 def default_hparams(n, vocab_size):
     """{flag: value} that suits a list of n training windows."""
     if n <= 5_000:
-        dropout, truncate, smoothing, steps = 0.4, 0.95, 0.5, 12_000
+        dropout, truncate, smoothing = 0.4, 0.95, 0.5
     elif n <= 25_000:
         dropout = round(min(0.4, max(0.25, 3000 / n)), 2)
-        truncate, smoothing, steps = 0.8, 0.2, 20_000
+        truncate, smoothing = 0.8, 0.2
     else:
         dropout = round(min(0.25, 5.7 / n**0.3), 2)
-        truncate, smoothing = round(8 * max(0.0, dropout - 0.15), 2), 0.0
-        steps = min(200_000, n * 13 // 10)
-    if n * vocab_size > MAX_SMOOTHED:
+        truncate, smoothing = round(8 * max(0.0, dropout - 0.15), 2), 0.3
+    # Of characters that are seen a few times each, counts know nothing either.
+    if n < 20 * vocab_size or n * vocab_size > MAX_SMOOTHED:
         smoothing = 0.0
+    steps = min(200_000, 60 * n // min(600, vocab_size))
     return dict(dropout=dropout, truncate=truncate, smoothing=smoothing, steps=steps)
 
 
@@ -82,19 +88,45 @@ def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):
     expected = torch.full_like(onehot, 1 / vocab_size)
     for same, longer in zip(ids, ids[1:]):
         # An n-gram counts once per distinct token before it; the longest, once per window.
-        grams = longer * vocab_size + targets
-        _, gram, counts = grams.unique(return_inverse=True, return_counts=True)
-        times = counts[gram]
-        followers = torch.zeros(same.max() + 1, vocab_size)
-        followers.index_put_((same, targets), 1 / times, accumulate=True)
-        others = followers[same] - onehot * (times == 1).unsqueeze(1)
+        grams, gram, times = (longer * vocab_size + targets).unique(
+            return_inverse=True, return_counts=True
+        )
+        shorter = torch.empty_like(grams).scatter_(0, gram, same)  # the context of each
+        followers = torch.zeros(same.max() + 1, vocab_size)  # whole numbers, so exact in any order
+        followers.index_put_((shorter, grams % vocab_size), torch.ones(1), accumulate=True)
+        others = followers[same] - onehot * (times[gram] == 1).unsqueeze(1)
         kept, total = (others - discount).clamp(min=0), others.sum(1, keepdim=True)
         backed_off = (kept + (total - kept.sum(1, keepdim=True)) * expected) / total
-        # Where no other window has the context, total is 0 but for rounding.
-        expected = torch.where(total > 0.5, backed_off, expected)
+        expected = torch.where(total > 0, backed_off, expected)  # 0: no other window has it
     return onehot.lerp(expected, share)
 
 
-def usual_temperature(truncate):
-    """0.7 where contexts were truncated, as a short list teaches too little for 1."""
-    return 0.7 if truncate else 1.0
+def length_distance(drawn, names):
+    """The total variation between the lengths of the drawn and of the names: 0 where alike."""
+    ours, theirs = Counter(map(len, drawn)), Counter(map(len, names))
+    a, b = max(1, len(drawn)), len(names)
+    return sum(abs(ours[n] / a - theirs[n] / b) for n in ours | theirs) / 2
+
+
+def commonest_new(drawn, names):
+    """(share, name): how much of the drawn is the commonest name that is not in the list."""
+    counts = Counter(map(key, drawn))
+    listed = set(counts).intersection(map(key, names))  # a long list needs no set
+    new = ((n / len(drawn), name) for name, n in counts.items() if name not in listed)
+    return max(new, default=(0.0, ""))
+
+
+def choose_temperature(net, vocab, names, shortest, longest):
+    """(temperature, names drawn): where the lengths of the drawn are most like the list's, if no
+    name that is not in the list has more than 0.5 % of them; else where it has least.
+    """
+
+    def unlike(drawn):
+        return max(commonest_new(drawn, names)[0], 0.005), length_distance(drawn, names)
+
+    draws = {}
+    torch.manual_seed(0)  # so that a resumed training chooses the same
+    for temperature in TEMPERATURES:
+        drawn = map(normalize, generate(net, vocab, DRAWS, "", temperature, None, longest))
+        draws[temperature] = [name for name in drawn if len(name) >= shortest]
+    return min(draws.items(), key=lambda item: unlike(item[1]))

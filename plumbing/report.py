@@ -103,10 +103,13 @@ def likeness(drawn, names):
     return f"{what} and {shares[1]} one edit from a name of it"
 
 
-def next_commands(args, out, net, temperature):
+def next_commands(args, out, net, metadata):
     """Up to three commands to type: new names; the best of them; a page."""
     model = ["--model", cli.as_value(args.out)] if args.out else []
-    usual = ["--temperature", str(temperature)] * (temperature < 1)
+    shortest, longest = map(str, metadata["lengths"])
+    usual = ["--min-length", shortest, "--max-length", longest]
+    if metadata["temperature"] < 1:
+        usual += ["--temperature", str(metadata["temperature"])]
     recorded = filters.recorded(args.data, args.column, out).get("list", "")
     known = []
     if args.data != cli.NAMES and not os.path.isfile(os.path.join(os.path.dirname(out), recorded)):
@@ -119,7 +122,7 @@ def next_commands(args, out, net, temperature):
     return [cli.command("sampling.py", *words) for words in commands]
 
 
-def finished(run, net, losses, scale, temperature, drawn, names):
+def finished(run, net, losses, scale, metadata, drawn, names):
     """Draw the picture; print the losses, what names drawn are like, and what to do next."""
     args, kept, written = run.args, run.best["step"], run.setup.out
     title = os.fsencode(os.path.basename(args.data)).decode(errors="replace")
@@ -132,8 +135,8 @@ def finished(run, net, losses, scale, temperature, drawn, names):
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()))
     print(f"kept: averaged weights of step {kept:,}, logits scaled by {scale:.2f}")
-    print(likeness(drawn, names))
+    print(likeness(drawn[:1000], names))
     print("\n".join(drawn[:10]))
     print(f"written: {written}\nnext:")
-    commands = next_commands(args, run.setup.out, net, temperature)
+    commands = next_commands(args, run.setup.out, net, metadata)
     print("\n".join(commands), flush=True)  # before the state is removed

@@ -208,8 +208,10 @@ class Run:
             os.remove(self.setup.unfinished)
 
 
-def about(run, n_names, losses, scores):
-    """What the file of a network tells about its training; `scores`: losses of held-out names."""
+def about(run, n_names, losses, scores, lengths, temperature):
+    """What the file of a network tells about its training; `scores`: losses of held-out names;
+    `lengths`: of the shortest and the longest name.
+    """
     scores, percent = torch.tensor(scores, dtype=torch.float64), torch.linspace(0, 1, 101)
     return {name: getattr(run.args, name) for name in RUN_ARGS} | {
         "names": run.names,
@@ -218,6 +220,8 @@ def about(run, n_names, losses, scores):
         "kept": run.best["step"],
         "losses": losses,
         "quantiles": scores.quantile(percent.double()).tolist(),
+        "lengths": lengths,
+        "temperature": temperature,
         "torch": str(torch.__version__),
     }
 

@@ -114,6 +114,39 @@ def test_smoothing_is_refused_where_its_table_would_be_too_large():
     assert recipe.default_hparams(24_000, 1_000)["smoothing"] == 0
 
 
+def test_lengths_are_as_far_apart_as_their_histograms():
+    assert recipe.length_distance(["a", "bb"], ["a", "b", "ccc"]) == pytest.approx(1 / 2)
+    assert recipe.length_distance(["ab", "cd"], ["xy"]) == 0 and recipe.length_distance([], "a") > 0
+
+
+def test_the_commonest_new_name_is_in_no_form_in_the_list():
+    drawn = ["Ann", "ann", "ANN", "Bo", "Bo", "Cleo"]
+    assert recipe.commonest_new(drawn, ["anN"]) == (2 / 6, "bo")
+    assert recipe.commonest_new(drawn[:3], ["Ann"]) == (0, "")
+
+
+FEW = [f"{a}{b}" for a in "abcdefghij" for b in "uvwxyz"] * 2  # each 1.7 % of the draws
+MANY = [f"{a}{b}{c}" for a in "abcdefg" for b in "uvwxyz" for c in "abcdef"]  # each 0.4 %
+
+
+@pytest.mark.parametrize(
+    ("listed", "draws", "chosen"),
+    [
+        ("ann", [MANY, MANY + ["a"] * 50, MANY, MANY], 1.0),  # where they are equal, the first
+        ("ann", [MANY + ["a"], MANY + ["b"], MANY, MANY], 0.8),  # lengths most like the list's
+        ("so", [FEW, FEW, FEW, MANY], 0.7),  # the others have those, but favourites
+        ("ann", [MANY + ["ada"] * n for n in (9, 8, 5, 7)], 0.8),  # the least of a favourite
+        ("ann", [[], [], [], MANY], 0.7),
+    ],
+)
+def test_the_temperature_has_lengths_of_the_list_and_no_favourites(
+    monkeypatch, listed, draws, chosen
+):
+    given = dict(zip(recipe.TEMPERATURES, draws))
+    monkeypatch.setattr(recipe, "generate", lambda *args: given[args[4]])
+    assert recipe.choose_temperature(None, None, [listed], 1, 9) == (chosen, given[chosen])
+
+
 def drawn(args):
     """The contexts and targets of all minibatches of a training."""
     batches = train.minibatches(network(args), TOKENS, 0, args)

@@ -63,6 +63,9 @@ def test_results_go_to_stdout_and_all_else_to_stderr(folder, trained):
             process.stderr
         )
         assert len(process.stdout.splitlines()) == n
+    shortest, longest = (str(most(map(len, NAMES))) for most in (min, max))
+    for line in typed[:2]:
+        assert f"--min-length {shortest} --max-length {longest}" in line
     assert (folder / "own.html").stat().st_size > 10_000
     (folder / "own.html").unlink()
 

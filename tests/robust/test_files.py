@@ -320,13 +320,16 @@ def test_lists_within_lists_do_not_hang_the_loader(own):
     assert load(own)[2]["steps"] == 120
 
 
-FORGED = {0.5: 1}, {1.0, 2.0}, [1.0, 2.0, 3.0], [float("nan")] * 101, [2] * 101
+NO_QUANTILES = {0.5: 1}, {1.0, 2.0}, [1.0, 2.0, 3.0], [float("nan")] * 101, [2] * 101
+FORGED = [("quantiles", value) for value in NO_QUANTILES]
+FORGED += [("lengths", value) for value in ([1], [1, 2, 3], ["1", "2"], [-1, 5], 5, None)]
+FORGED += [("temperature", value) for value in ("1", -1.0, 0.0, None)]
 
 
-@pytest.mark.parametrize("quantiles", FORGED)
-def test_forged_quantiles_are_refused(own, quantiles):
+@pytest.mark.parametrize(("key", "value"), FORGED)
+def test_forged_metadata_is_refused(own, key, value):
     content = torch.load(own, weights_only=True)
-    content["metadata"]["quantiles"] = quantiles
+    content["metadata"][key] = value
     torch.save(content, own)
     with pytest.raises(ValueError, match="own.pth holds something else"):
         load(own)
