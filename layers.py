@@ -109,9 +109,10 @@ class BatchNorm1d(nn.Module):
         save_for_backward(self, x_hat, rstd, weights)
         self.num_batches_tracked.add_(1)
         m = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.detach(), m)
-        # The biased variance normalises; the unbiased one estimates that of unseen data.
-        self.running_var.lerp_(var.detach() * (n / (n - 1)), m)
+        if m > 0:
+            self.running_mean.lerp_(mean.detach(), m)
+            # The biased variance normalises; the unbiased one estimates that of unseen data.
+            self.running_var.lerp_(var.detach() * (n / (n - 1)), m)
         return torch.addcmul(self.bias, x_hat, self.weight).view(x.shape)  # x_hat * weight + bias
 
     def backward(self, grad_out):

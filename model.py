@@ -106,7 +106,8 @@ class WaveNet(nn.Sequential):
     def __init__(self, vocab_size, block_size, n_embd, n_hidden, dropout=0.0):
         if block_size < 2 or block_size & (block_size - 1):
             raise ValueError(f"block_size must be a power of two of at least 2, not {block_size}")
-        layers, n_in = [Embedding(vocab_size, n_embd)], n_embd
+        # A row more than tokens: for those that truncate() hides in training.
+        layers, n_in = [Embedding(vocab_size + 1, n_embd)], n_embd
         for _ in range(block_size.bit_length() - 1):
             linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would cancel a bias
             # It cancels the scale of this weight too; but a smaller weight is turned further by

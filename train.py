@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 import model
+from layers import Embedding
 from model import Vocabulary, WaveNet, contexts_and_targets, token_losses, windows
 from plumbing import checks, fast, lists, processes, recipe, report, runs
 from plumbing.cli import NAMES, bounded
@@ -44,8 +45,12 @@ def minibatches(net, tokens, start, args):
     probabilities (B, vocab_size). plumbing/recipe.py says why contexts are truncated and targets
     smoothed.
     """
+    vocab_size = net.config["vocab_size"]
+    # The row that WaveNet has for it; in an embedding of tokens alone, hidden ones are padding.
+    has_mask = isinstance(net[0], Embedding) and len(net[0].weight) > vocab_size
+    mask = vocab_size if has_mask else 0
     if args.smoothing:
-        smoothed = smooth_targets(tokens, net.config["vocab_size"], args.smoothing).to(args.device)
+        smoothed = smooth_targets(tokens, vocab_size, args.smoothing).to(args.device)
     # A hundred at once, as the calls take about as long as those for one: with one at a time a step
     # takes 1.2 times as long, with the sizes of the lecture 1.7 times. 2^22 tokens are 32 MB.
     chunk = max(1, min(100, 2**22 // (args.batch_size * args.block_size)))
@@ -56,7 +61,7 @@ def minibatches(net, tokens, start, args):
         generator = torch.Generator().manual_seed(args.seed * 10**9 + first)
         drawn = torch.randint(len(tokens), (chunk, args.batch_size), generator=generator)
         contexts, targets = contexts_and_targets(tokens[drawn])
-        contexts = truncate(contexts, args.truncate, generator)[:, own].to(args.device)
+        contexts = truncate(contexts, args.truncate, mask, generator)[:, own].to(args.device)
         targets, drawn = targets[:, own].to(args.device), drawn[:, own]
         for i, rows in enumerate(fast.distinct_rows(net, contexts)):
             if start <= first + i < args.steps:
@@ -116,6 +121,9 @@ def train(net, average, vocab, data, args, run):
     the second half of the steps and, with --init-from, the weights that training started from.
     """
     parameters = list(net.train().parameters())
+    for module in net.modules():
+        if hasattr(module, "running_mean"):
+            module.momentum = 0.0  # validate() computes the statistics, those of the average
     pretrained = [weight.to(args.device) for weight in run.pretrained]
     weight_decay = recipe.weight_decay(len(data["train"]), args.steps, bool(pretrained))
     eval_every = recipe.eval_every(len(data["val"]), args.steps)

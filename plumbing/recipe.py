@@ -60,15 +60,16 @@ def eval_every(n_val, steps):
     return 10 * max(1, -(-max(steps // 40, n_val // 20) // 10))
 
 
-def truncate(contexts, share, generator):
-    """Reduce a share of the contexts to their last 2 to 8 tokens.
+def truncate(contexts, share, mask, generator):
+    """Hide all but the last 2 to 8 tokens in a share of the contexts, behind the token `mask`.
 
     So what often follows a few characters is learned wherever they stand, as by counts of n-grams.
+    Padding stays: it tells how long the name is so far, hidden or not.
     """
-    T = contexts.shape[-1]
     kept = torch.randint(2, 9, (*contexts.shape[:-1], 1), generator=generator)
-    kept[torch.rand(kept.shape, generator=generator) >= share] = T
-    return contexts * (torch.arange(T, 0, -1) <= kept)  # 0 is padding
+    kept[torch.rand(kept.shape, generator=generator) >= share] = contexts.shape[-1]
+    hidden = torch.arange(contexts.shape[-1], 0, -1) > kept
+    return contexts.masked_fill(hidden & (contexts != 0), mask)
 
 
 def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):

@@ -163,7 +163,7 @@ def pairs(n=2):
 
 def twin(vocab_size, block_size, n_embd, n_hidden):
     """The same network in layers of torch.nn."""
-    stack, n_in = [nn.Embedding(vocab_size, n_embd)], n_embd
+    stack, n_in = [nn.Embedding(vocab_size + 1, n_embd)], n_embd
     while block_size > 1:
         stack += [pairs() if block_size > 2 else nn.Flatten()]
         stack += [nn.Linear(2 * n_in, n_hidden, bias=False), Norm(n_hidden), nn.Tanh()]

@@ -84,13 +84,25 @@ def test_the_distinct_names_of_names_txt_are_split_by_the_protocol():
     assert parts["train"] + parts["test"] + parts["val"] == names
 
 
-def test_truncate_keeps_the_last_2_to_8_tokens_of_a_share():
+def test_truncate_hides_all_but_the_last_2_to_8_tokens_of_a_share():
     contexts, counts = torch.arange(1, 17).repeat(2, 20_000, 1), Counter()
-    for context in recipe.truncate(contexts, 0.7, torch.Generator()).flatten(0, 1).tolist():
-        counts[n := 16 - context.count(0)] += 1
-        assert context == [0] * (16 - n) + list(range(17 - n, 17)) and (2 <= n <= 8 or n == 16)
+    for context in recipe.truncate(contexts, 0.7, 99, torch.Generator()).flatten(0, 1).tolist():
+        counts[n := 16 - context.count(99)] += 1
+        assert context == [99] * (16 - n) + list(range(17 - n, 17)) and (2 <= n <= 8 or n == 16)
     found = [counts[n] for n in (2, 3, 4, 5, 6, 7, 8, 16)]
     assert chisquare(found, [4_000] * 7 + [12_000]).pvalue > 0.01
+    begun = torch.tensor([[0] * 12 + [5, 6, 7, 8]] * 99)  # padding tells how long the name is
+    hidden = {tuple(row[12:]) for row in recipe.truncate(begun, 1, 9, torch.Generator()).tolist()}
+    assert hidden == {(9, 9, 7, 8), (9, 6, 7, 8), (5, 6, 7, 8)}
+
+
+def test_what_is_hidden_is_a_row_of_its_own_or_padding_where_there_is_none():
+    args = flags(truncate=1.0, steps=20)
+    net = network(args)
+    for embedding, mask in (net[0], len(VOCAB)), (torch.nn.Embedding(len(VOCAB), 10), 0):
+        net[0] = embedding
+        batches = [rows.contexts for rows, _ in train.minibatches(net, TOKENS, 0, args)]
+        assert max(batch.max() for batch in batches) == max(mask, len(VOCAB) - 1)
 
 
 def test_smoothing_is_kneser_ney_of_all_windows_but_each_ones_own():
@@ -110,8 +122,17 @@ def test_smoothing_is_refused_where_its_table_would_be_too_large():
     tokens = TOKENS[:1].expand(2**20, -1)
     with pytest.raises(ValueError, match="leave it out"):
         recipe.smooth_targets(tokens, 17, 0.3)
-    assert recipe.default_hparams(4_000, 550)["smoothing"] == 0.5
-    assert recipe.default_hparams(24_000, 1_000)["smoothing"] == 0
+    shares = [recipe.default_hparams(n, 1000)["smoothing"] for n in (2**24 // 1000, 2**15)]
+    assert shares[0] == 0 < recipe.default_hparams(2**24 // 27, 27)["smoothing"]
+    assert shares[1] == 0 == recipe.default_hparams(2**24 // 27 + 1, 27)["smoothing"]
+
+
+def test_steps_are_60_for_each_window_per_token():
+    def steps(n, vocab_size):
+        return recipe.default_hparams(n, vocab_size)["steps"]
+
+    assert [steps(n, 30) for n in (500, 5_000, 10**9)] == [1_000, 10_000, 200_000]
+    assert steps(1_800, 400) == 270 and steps(26_000, 2_400) == 2_600  # at most 600 tokens count
 
 
 def test_lengths_are_as_far_apart_as_their_histograms():
@@ -229,8 +250,9 @@ def test_resuming_gives_the_same_bits_and_the_average_has_polynomial_weights():
 
 
 def test_the_best_step_is_kept_and_written_with_its_heads_weight_scaled():
-    written, (state,) = trained(flags(dropout=0.1), val=VAL)
-    best, curve, net = state["best"], state["curves"]["val"], network(flags(dropout=0.1))
+    args = flags(dropout=0.1, seed=4)
+    written, (state,) = trained(args, val=VAL)
+    best, curve, net = state["best"], state["curves"]["val"], network(args)
     second_half = [point for point in curve if point[0] > 100]
     assert (best["step"], best["loss"]) == min(second_half, key=lambda point: point[1])
     assert best["loss"] > min(curve, key=lambda point: point[1])[1] and second_half[-1][0] == 200
