@@ -19,17 +19,10 @@ MAX_SMOOTHED = 2**24  # probabilities in a table of smooth_targets(): 64 MB, 600
 
 def default_hparams(n, vocab_size):
     """{flag: value} that suits a list of n training windows."""
-    if n <= 5_000:
-        dropout, truncate, smoothing = 0.4, 0.95, 0.5
-    elif n <= 25_000:
-        dropout = round(min(0.4, max(0.25, 3000 / n)), 2)
-        truncate, smoothing = 0.8, 0.2
-    else:
-        dropout = round(min(0.25, 5.7 / n**0.3), 2)
-        truncate, smoothing = round(8 * max(0.0, dropout - 0.15), 2), 0.3
-    # Of characters that are seen a few times each, counts know nothing either.
-    if n < 20 * vocab_size or n * vocab_size > MAX_SMOOTHED:
-        smoothing = 0.0
+    dropout = round(min(0.4, max(3000 / n, min(0.25, 4.5 / n**0.3))), 2)
+    truncate = round(min(0.8, 8 * max(0.0, dropout - 0.15)), 2)
+    # Counts know nothing of characters that are seen only a few times.
+    smoothing = 0.3 if 20 * vocab_size <= n <= MAX_SMOOTHED // vocab_size else 0.0
     steps = min(200_000, 60 * n // min(600, vocab_size))
     return dict(dropout=dropout, truncate=truncate, smoothing=smoothing, steps=steps)
 
