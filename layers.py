@@ -76,8 +76,8 @@ class BatchNorm1d(nn.Module):
     """Each channel to mean 0 and variance 1, scaled and shifted: (B, ..., C) -> the same shape;
     arXiv:1502.03167. Running statistics move by `momentum` (None: to the mean of all batches).
 
-    Equal rows are computed once: of x (B, C), row r stands for a share weights[r] of all n rows.
-    "..an" and "..en" have n = 4 pairs, and the rows "..", "an", "en" with weights 2/4, 1/4, 1/4.
+    plumbing/fast.py gives equal rows once: of x (B, C), row r stands for a share weights[r] of all
+    n. "..an" and "..en" have n = 4 pairs: the rows "..", "an", "en" with weights 2/4, 1/4, 1/4.
     Raises ValueError for another C, and in training for n < 2.
     """
 
@@ -124,7 +124,8 @@ class BatchNorm1d(nn.Module):
         sum_g, sum_g_x_hat = rows.sum(0), (rows * x_hat).sum(0)
         self.bias.grad, self.weight.grad = sum_g, sum_g_x_hat
         through_all = torch.addcmul(sum_g, x_hat, sum_g_x_hat)  # sum_g + x_hat * sum_g_x_hat
-        every_way = torch.addcmul(rows, through_all, weights.unsqueeze(1), value=-1)  # g - w * it
+        # rows - weights * through_all
+        every_way = torch.addcmul(rows, through_all, weights.unsqueeze(1), value=-1)
         return (every_way * (self.weight * rstd)).view(grad_out.shape)
 
     def scale_and_shift(self):
@@ -147,9 +148,9 @@ class Tanh(nn.Module):
 
 
 class Dropout(nn.Module):
-    """In training, each channel of a batch is 0 with probability p, else / (1 - p): a thinner
-    network for each step, arXiv:1207.0580. torch.nn draws for each value; here equal rows stay
-    equal, and are computed once.
+    """In training, each channel of a batch is 0 with probability p, else divided by 1 - p: a
+    thinner network for each step, arXiv:1207.0580. torch.nn draws for each value; here equal rows
+    stay equal, and are computed once.
     """
 
     def __init__(self, p=0.5):
@@ -171,7 +172,7 @@ class Dropout(nn.Module):
 class CrossEntropyLoss(nn.Module):
     """Mean of -log softmax(logits)[target], in nats: logits (B, V), targets (B,) -> ().
 
-    If targets are probabilities (B, V), they weight a sum of this over the classes. torch.nn's
+    Targets may be probabilities (B, V), too: the mean of -sum(p * log softmax). torch.nn's
     also knows weights of classes, ignore_index, label_smoothing, sums and more dimensions.
     """
 

@@ -14,7 +14,7 @@ from layers import BatchNorm1d, Dropout, Embedding, FlattenConsecutive, Linear, 
 from plumbing import fast
 from plumbing.files import SIZES, is_plausible, read_checkpoint, write_checkpoint
 
-END, LINE_END = ".", "\n"  # ends a name and pads its context; where names hold ".", LINE_END does
+END, LINE_END = ".", "\n"  # ends a name and pads its context; LINE_END where names contain "."
 CASE_MARK = "\x0e"  # before a letter: the other case of it; a control character is in no name
 
 
@@ -77,8 +77,8 @@ def windows(names, vocab, block_size):
     All names stand in one long row, of one or four bytes a token, and each window is a view of it.
     """
     encoding, dtype = ("latin-1", torch.uint8) if len(vocab) <= 256 else ("utf-32-le", torch.int32)
-    # str.translate() makes each character those whose numbers are its tokens: 60 times as fast as
-    # encode() of each name.
+    # str.translate() replaces each character by chr() of its tokens, so that the bytes of the text
+    # are the tokens: 60 times as fast as encode() of each name.
     table = {ord(char): "".join(map(chr, tokens)) for char, tokens in vocab.tokens_of.items()}
     data = bytearray(block_size * dtype.itemsize)
     for i in range(0, len(names), 100_000):
@@ -106,7 +106,7 @@ class WaveNet(nn.Sequential):
     def __init__(self, vocab_size, block_size, n_embd, n_hidden, dropout=0.0):
         if block_size < 2 or block_size & (block_size - 1):
             raise ValueError(f"block_size must be a power of two of at least 2, not {block_size}")
-        # A row more than tokens: for those that truncate() hides in training.
+        # One row more than there are tokens: for those that truncate() hides in training.
         layers, n_in = [Embedding(vocab_size + 1, n_embd)], n_embd
         for _ in range(block_size.bit_length() - 1):
             linear = Linear(2 * n_in, n_hidden, bias=False)  # BatchNorm1d would cancel a bias
@@ -137,8 +137,8 @@ def token_losses(net, tokens, scales=(1.0,), progress=iter):
             contexts, targets = contexts_and_targets(part.to(next(net.parameters()).device))
             logits = fast.logits(net, contexts)
             scaled = (bias + scale * (logits - bias) for scale in scales)
-            chances = [-each.log_softmax(1).gather(1, targets.unsqueeze(1)) for each in scaled]
-            losses.append(torch.cat(chances, 1))
+            columns = [-each.log_softmax(1).gather(1, targets.unsqueeze(1)) for each in scaled]
+            losses.append(torch.cat(columns, 1))
     return torch.cat(losses).cpu()
 
 
@@ -193,8 +193,8 @@ def load(path):
 def load_pretrained(net, vocab, pretrained, pretrained_vocab):
     """Copy what a trained network of the same sizes has learned -> {character: old character}.
 
-    It is everything, and of what has a place per token, as the rows of the head's weight, those of
-    these characters. The head's bias stays: it holds the frequencies of the new list.
+    It is all weights, but where there is one per token, as in the rows of the head's, those of the
+    characters that both know. The head's bias stays: it holds the frequencies of the new list.
     """
     old_stoi = {char: i for char, i in pretrained_vocab.stoi.items() if i}
     known = {0: 0}  # whatever ends a name
@@ -203,7 +203,7 @@ def load_pretrained(net, vocab, pretrained, pretrained_vocab):
         if form in old_stoi:
             known[i] = old_stoi[form]
     here, there = torch.tensor([*known]), torch.tensor([*known.values()])
-    wider = WaveNet(**net.config | {"vocab_size": len(vocab) + 1})  # it has one more of each place
+    wider = WaveNet(**net.config | {"vocab_size": len(vocab) + 1})  # what grows has one per token
     for new, value, more in zip(*(each.parameters() for each in (net, pretrained, wider))):
         if new is getattr(net[-1], "bias", None):
             continue

@@ -46,7 +46,7 @@ def minibatches(net, tokens, start, args):
     smoothed.
     """
     vocab_size = net.config["vocab_size"]
-    # The row that WaveNet has for it; in an embedding of tokens alone, hidden ones are padding.
+    # Hidden tokens use WaveNet's extra row; without one they become padding.
     has_mask = isinstance(net[0], Embedding) and len(net[0].weight) > vocab_size
     mask = vocab_size if has_mask else 0
     if args.smoothing:
@@ -77,7 +77,7 @@ def learning_rate(step, args):
 
 
 def train_step(net, rows, targets, lr, parameters, weight_decay=0.0, pretrained=()):
-    """One step of SGD -> the loss in nats per token. Equivalent to this, but usually faster:
+    """One step of SGD -> the loss in nats per token. Equivalent to this, usually faster:
 
         loss = F.cross_entropy(net(contexts), targets)
         loss.backward()
@@ -106,8 +106,8 @@ def train_step(net, rows, targets, lr, parameters, weight_decay=0.0, pretrained=
 def update_average(average, net, n):
     """Polynomial-decay averaging, arXiv:1212.1824: the nth weights (n from 0) count 4 / (n + 4).
 
-    1 / (n + 1) would be the plain mean of all. With 4, earlier ones count less and less, and it is
-    about that of the last quarter.
+    1 / (n + 1) would be the plain mean of all. With 4, earlier ones count less and less: the last
+    quarter has two thirds of the weight.
     """
     for mean, weight in zip(average.parameters(), net.parameters()):
         mean.lerp_(weight, 4 / (n + 4))
@@ -123,7 +123,7 @@ def train(net, average, vocab, data, args, run):
     parameters = list(net.train().parameters())
     for module in net.modules():
         if hasattr(module, "running_mean"):
-            module.momentum = 0.0  # validate() computes the statistics, those of the average
+            module.momentum = 0.0  # no running statistics: validate() computes the average's
     pretrained = [weight.to(args.device) for weight in run.pretrained]
     weight_decay = recipe.weight_decay(len(data["train"]), args.steps, bool(pretrained))
     eval_every = recipe.eval_every(len(data["val"]), args.steps)
@@ -272,7 +272,7 @@ def train_list(args, setup):
     average = copy.deepcopy(net)
     run = runs.Run(args, setup, net, average, lists.sha256(names))
     report.describe(len(names), vocab, data, net, chosen)
-    # At most 2^25 logits: with a large alphabet, fewer windows take as long to measure.
+    # At most 2^25 logits, so that a large alphabet does not make a validation slow.
     few = data | {"val": data["val"][: min(VAL_WINDOWS, 2**25 // len(vocab))]}
     with run.resumable():
         train(net, average, vocab, few, args, run)

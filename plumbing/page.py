@@ -68,7 +68,8 @@ def write_page(
     `quantiles` of losses that training keeps, a name's number is how many percent fit worse.
     """
     if not is_stack_of(net, LAYERS):
-        raise ValueError("--page knows only the layers of layers.py, and this network has others")
+        known = ", ".join(layer.__name__ for layer in LAYERS)
+        raise ValueError(f"--page knows only {known}, and this network has others")
     with open(TEMPLATE, encoding="utf-8") as file:
         before, mark, after = file.read().partition('id="network">null<')
     if not mark:

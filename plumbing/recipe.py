@@ -21,7 +21,7 @@ def default_hparams(n, vocab_size):
     """{flag: value} that suits a list of n training windows."""
     dropout = round(min(0.4, max(3000 / n, min(0.25, 4.5 / n**0.3))), 2)
     truncate = round(min(0.8, 8 * max(0.0, dropout - 0.15)), 2)
-    # Counts know nothing of characters that are seen only a few times.
+    # Counts know nothing of characters that are seen a few times, and the table must fit in memory.
     smoothing = 0.3 if 20 * vocab_size <= n <= MAX_SMOOTHED // vocab_size else 0.0
     steps = min(200_000, 60 * n // min(600, vocab_size))
     return dict(dropout=dropout, truncate=truncate, smoothing=smoothing, steps=steps)
@@ -38,9 +38,9 @@ def fill_in(args, n, vocab_size):
 def weight_decay(n, steps, pretrained):
     """Of the matrices, for n training windows.
 
-    With `pretrained` weights to decay to, the more names, the less counts what is known already.
-    Else the decay times the steps is what counts: it is the same 60 from 12,000 steps on, and below
-    that less, as a trial of few steps has hardly begun to learn by heart.
+    With `pretrained` weights to decay to, the longer the list, the weaker the pull to them. Else
+    decay times steps is 60 from 12,000 steps on, and less below: a trial of few steps has hardly
+    begun to learn by heart.
     """
     return 30 / n if pretrained else 60 / max(12_000, steps)
 
@@ -81,13 +81,14 @@ def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):
     ids.append(torch.arange(len(targets)))
     expected = torch.full_like(onehot, 1 / vocab_size)
     for same, longer in zip(ids, ids[1:]):
-        # An n-gram counts once per distinct token before it; the longest, once per window.
+        # An n-gram counts once per different token before it; the longest, once per window.
         grams, gram, times = (longer * vocab_size + targets).unique(
             return_inverse=True, return_counts=True
         )
         shorter = torch.empty_like(grams).scatter_(0, gram, same)  # the context of each
         followers = torch.zeros(same.max() + 1, vocab_size)  # whole numbers, so exact in any order
         followers.index_put_((shorter, grams % vocab_size), torch.ones(1), accumulate=True)
+        # Without the window's own; each count gives `discount` of it to the shorter context.
         others = followers[same] - onehot * (times[gram] == 1).unsqueeze(1)
         kept, total = (others - discount).clamp(min=0), others.sum(1, keepdim=True)
         backed_off = (kept + (total - kept.sum(1, keepdim=True)) * expected) / total
@@ -105,7 +106,7 @@ def length_distance(drawn, names):
 def commonest_new(drawn, names):
     """(share, name): how much of the drawn is the commonest name that is not in the list."""
     counts = Counter(map(key, drawn))
-    listed = set(counts).intersection(map(key, names))  # a long list needs no set
+    listed = set(counts).intersection(map(key, names))  # no set of a long list
     new = ((n / len(drawn), name) for name, n in counts.items() if name not in listed)
     return max(new, default=(0.0, ""))
 
