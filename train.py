@@ -18,7 +18,7 @@ from plumbing import checks, fast, lists, processes, recipe, report, runs
 from plumbing.cli import NAMES, bounded
 from plumbing.processes import log, rank, world_size
 from plumbing.recipe import smooth_targets, truncate
-from sampling import generate, score
+from sampling import MAX_LENGTH, generate, score
 
 VAL_WINDOWS, FINAL_WINDOWS = 25_000, 430_000  # at most: in each validation; of a split at the end
 SCALES = [percent / 100 for percent in range(30, 136, 5)]  # of the logits, for calibrate()
@@ -313,9 +313,9 @@ def finish(net, scale, vocab, parts, data, run):
         raise ValueError(f"the network learned nothing, {what}: lower --lr, or more --steps")
     held_out = parts["val"][:VAL_WINDOWS] + parts["test"][:VAL_WINDOWS]
     scores, names = score(net, vocab, held_out), sum(parts.values(), [])
-    lengths = min(map(len, names)), max(map(len, names))
+    lengths = [min(most(map(len, names)), MAX_LENGTH) for most in (min, max)]
     temperature, drawn = recipe.choose_temperature(net, vocab, names, *lengths)
-    metadata = runs.about(run, len(names), losses, scores, list(lengths), temperature)
+    metadata = runs.about(run, len(names), losses, scores, lengths, temperature)
     runs.write_network(run, net, vocab, metadata)
     report.finished(run, net, losses, scale, metadata, drawn, names)
 

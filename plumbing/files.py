@@ -119,8 +119,9 @@ def is_plausible(config, metadata, size, build):
     fits = all(type(n) is int and n > 0 for n in config.values())
     fits = fits and T <= MAX_BLOCK_SIZE and max(E, H) <= MAX_SIZE and type(quantiles) is list
     fits = fits and [type(loss) for loss in quantiles if loss >= 0] == [float] * 101
-    usual = metadata.get("temperature", 1.0), *metadata.get("lengths", [1, 1])
-    fits = fits and [*map(type, usual)] == [float, int, int] and min(usual) > 0
+    temperature, lengths = metadata.get("temperature", 1.0), metadata.get("lengths", [1, 1])
+    fits = fits and [*map(type, [temperature, lengths, *lengths])] == [float, list, int, int]
+    fits = fits and 0 < temperature <= 1 and 1 <= lengths[0] <= lengths[1] <= 1000
     if fits and V * (E + H) + 2 * H * (E + H * T.bit_length()) > 2**24:  # or it leaves some unused
         with torch.device("meta"):  # two seconds, but no memory
             fits = sum(weight.numel() for weight in build(**config).parameters()) <= 4 * size

@@ -5,6 +5,7 @@ that had served for nothing else: tests/RESULTS.md has them, under "The recipe".
 """
 
 from collections import Counter
+from itertools import chain
 
 import torch
 from torch import nn
@@ -99,14 +100,14 @@ def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):
 def length_distance(drawn, names):
     """The total variation between the lengths of the drawn and of the names: 0 where alike."""
     ours, theirs = Counter(map(len, drawn)), Counter(map(len, names))
-    a, b = max(1, len(drawn)), len(names)
-    return sum(abs(ours[n] / a - theirs[n] / b) for n in ours | theirs) / 2
+    if not drawn:
+        return 1.0
+    return sum(abs(ours[n] / len(drawn) - theirs[n] / len(names)) for n in ours | theirs) / 2
 
 
 def commonest_new(drawn, names):
     """(share, name): how much of the drawn is the commonest name that is not in the list."""
-    counts = Counter(map(key, drawn))
-    listed = set(counts).intersection(map(key, names))  # no set of a long list
+    counts, listed = Counter(map(key, drawn)), set(map(key, names))
     new = ((n / len(drawn), name) for name, n in counts.items() if name not in listed)
     return max(new, default=(0.0, ""))
 
@@ -115,13 +116,17 @@ def choose_temperature(net, vocab, names, shortest, longest):
     """(temperature, names drawn): where the lengths of the drawn are most like the list's, if no
     name that is not in the list has more than 0.5 % of them; else where it has least.
     """
+    torch.manual_seed(0)  # so that a resumed training chooses the same
+    n, draws = min(DRAWS, 2**19 // longest), {}  # fewer of names that may be very long
+    for temperature in TEMPERATURES:
+        drawn = []
+        for part in torch.arange(n).split(max(1, 2**22 // len(vocab))):
+            drawn += generate(net, vocab, len(part), "", temperature, None, longest)
+        draws[temperature] = [name for name in map(normalize, drawn) if len(name) >= shortest]
+    every = set(map(key, chain.from_iterable(draws.values())))
+    listed = every.intersection(map(key, names))  # no set of a long list
 
     def unlike(drawn):
-        return max(commonest_new(drawn, names)[0], 0.005), length_distance(drawn, names)
+        return max(commonest_new(drawn, listed)[0], 0.005), length_distance(drawn, names)
 
-    draws = {}
-    torch.manual_seed(0)  # so that a resumed training chooses the same
-    for temperature in TEMPERATURES:
-        drawn = map(normalize, generate(net, vocab, DRAWS, "", temperature, None, longest))
-        draws[temperature] = [name for name in drawn if len(name) >= shortest]
     return min(draws.items(), key=lambda item: unlike(item[1]))

@@ -111,8 +111,8 @@ def next_commands(args, out, net, metadata):
     if metadata["temperature"] < 1:
         usual += ["--temperature", str(metadata["temperature"])]
     recorded = filters.recorded(args.data, args.column, out).get("list", "")
-    known = []
-    if args.data != cli.NAMES and not os.path.isfile(os.path.join(os.path.dirname(out), recorded)):
+    beside, known = os.path.join(os.path.dirname(out), recorded), []
+    if args.data != cli.NAMES and os.path.realpath(beside) != os.path.realpath(args.data):
         known = ["--data", cli.as_value(args.data)] + ["--column", args.column] * bool(args.column)
     kinds = [["--new"], ["--best", "--min-edits", "2"]] if recorded else [[]]  # [] from a pipe
     commands = [[*model, *kind, *known * bool(recorded), *usual] for kind in kinds]

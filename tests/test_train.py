@@ -137,7 +137,8 @@ def test_steps_are_60_for_each_window_per_token():
 
 def test_lengths_are_as_far_apart_as_their_histograms():
     assert recipe.length_distance(["a", "bb"], ["a", "b", "ccc"]) == pytest.approx(1 / 2)
-    assert recipe.length_distance(["ab", "cd"], ["xy"]) == 0 and recipe.length_distance([], "a") > 0
+    assert recipe.length_distance(["ab", "cd"], ["xy"]) == 0
+    assert recipe.length_distance([], ["a"]) == 1  # no name at all is not like the list
 
 
 def test_the_commonest_new_name_is_in_no_form_in_the_list():
@@ -165,7 +166,7 @@ def test_the_temperature_has_lengths_of_the_list_and_no_favourites(
 ):
     given = dict(zip(recipe.TEMPERATURES, draws))
     monkeypatch.setattr(recipe, "generate", lambda *args: given[args[4]])
-    assert recipe.choose_temperature(None, None, [listed], 1, 9) == (chosen, given[chosen])
+    assert recipe.choose_temperature(None, "abc", [listed], 1, 9) == (chosen, given[chosen])
 
 
 def drawn(args):

@@ -322,8 +322,9 @@ def test_lists_within_lists_do_not_hang_the_loader(own):
 
 NO_QUANTILES = {0.5: 1}, {1.0, 2.0}, [1.0, 2.0, 3.0], [float("nan")] * 101, [2] * 101
 FORGED = [("quantiles", value) for value in NO_QUANTILES]
-FORGED += [("lengths", value) for value in ([1], [1, 2, 3], ["1", "2"], [-1, 5], 5, None)]
-FORGED += [("temperature", value) for value in ("1", -1.0, 0.0, None)]
+FORGED += [("lengths", value) for value in ([1], [1, 2, 3], ["1", "2"], [0, 5], [9, 3], 5)]
+FORGED += [("lengths", value) for value in ({3: 1, 4: 1}, [1, 2000], None)]
+FORGED += [("temperature", value) for value in ("1", -1.0, 0.0, float("inf"), None)]
 
 
 @pytest.mark.parametrize(("key", "value"), FORGED)
