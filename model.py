@@ -202,7 +202,8 @@ def load_pretrained(net, vocab, pretrained, pretrained_vocab):
         form = char if char in old_stoi else other_case(char)
         if form in old_stoi:
             known[i] = old_stoi[form]
-    here, there = torch.tensor([*known]), torch.tensor([*known.values()])
+    here = torch.tensor([*known, len(vocab)])  # the last is for what truncate() hides
+    there = torch.tensor([*known.values(), len(pretrained_vocab)])
     wider = WaveNet(**net.config | {"vocab_size": len(vocab) + 1})  # what grows has one per token
     for new, value, more in zip(*(each.parameters() for each in (net, pretrained, wider))):
         if new is getattr(net[-1], "bias", None):
@@ -210,7 +211,8 @@ def load_pretrained(net, vocab, pretrained, pretrained_vocab):
         for dim, (n, m) in enumerate(zip(new.shape, more.shape)):
             if m > n:  # nan where a token is not known
                 nans = value.new_full((*value.shape[:dim], n, *value.shape[dim + 1 :]), math.nan)
-                value = nans.index_copy_(dim, here, value.index_select(dim, there))
+                k = len(here) - (n == len(vocab))  # the embedding alone has a row for that
+                value = nans.index_copy_(dim, here[:k], value.index_select(dim, there[:k]))
         new.copy_(torch.where(value.isnan(), new, value))
     taken = {vocab.chars[i]: pretrained_vocab.chars[old] for i, old in known.items() if i}
     return {char: old for char, old in taken.items() if char != CASE_MARK}

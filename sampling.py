@@ -112,11 +112,7 @@ def build_parser():
     add("--match", metavar="REGEX", default="", help="that match: --match '^j.*n$', from j to n")
     add("--new", action="store_true", help="that are not in its training list, without repeats")
     add("--min-edits", type=length, metavar="D", help="new, at least D edits from any in the list")
-    add(
-        "--best",
-        action="store_true",
-        help="the best of 20 times as many, new and unlike each other",
-    )
+    add("--best", action="store_true", help="the best of 20 times as many, unlike each other")
     add("--data", metavar="LIST", help="the list it was trained on: --new --data elves.txt")
     add("--column", metavar="C", help="of a table: the number or the heading of its column")
     add = parser.add_argument_group("how they are drawn").add_argument

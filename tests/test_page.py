@@ -1199,7 +1199,7 @@ def test_the_number_is_that_of_score(visit, tmp_path):
 
 def test_heading_and_lengths(visit, tmp_path):
     path, heading = tmp_path / "page.html", "Names & <b>towns</b>"
-    settings = dict(heading=heading, min_length=3, max_length=6)
+    settings = dict(heading=heading, lengths=[3, 6])
     write_page(wavenet(end=1.0), LETTERS, path, title="towns.txt", **settings)
     page = visit(path)
     assert page.inner_text("h1") == heading == page.title()
