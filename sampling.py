@@ -16,14 +16,14 @@ import torch
 
 from model import load, token_losses, windows
 from plumbing import fast, lists
-from plumbing.cli import MODEL, bounded, log
+from plumbing.cli import MAX_LENGTH, MODEL, bounded, log
 from plumbing.files import check_output
 from plumbing.filters import apart, check_flags, check_start, fitting, read_known
 from plumbing.lists import composed, key, normalize
 from plumbing.page import is_page, write_page
 
 BATCH = 20_000  # names drawn at once; 8,192 would take a tenth more time, 40,000 twice the memory
-MAX_LENGTH = 1000  # characters of a name; a network that never ends one would go on for ever
+MAX_LOGITS = 2**22  # for them: with a large alphabet fewer names are drawn at once
 MAX_MISSES = 10**6  # draws in a row that find nothing, after which it gives up
 PAUSE = 2  # seconds until it says how many were found
 CAPITALS = "; capitals count in --match"
@@ -168,7 +168,7 @@ def sample_matching(args, net, vocab, known, n):
     keys = list(map(key, known)) if args.new else []
     fits, refused, start = fitting(args, args.start, keys), set(keys), args.start
     torch.manual_seed(torch.seed() if args.seed is None else args.seed)
-    batch, begin, pause = min(BATCH, 2**22 // len(vocab)), time.monotonic(), PAUSE
+    batch, begin, pause = min(BATCH, MAX_LOGITS // len(vocab)), time.monotonic(), PAUSE
     drawn = found = last = 0  # last: how many were drawn up to the last find
     while found < n and drawn - last < MAX_MISSES:
         # As many as should be needed, going by the share of those drawn that fitted.

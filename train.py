@@ -15,10 +15,10 @@ import model
 from layers import Embedding
 from model import Vocabulary, WaveNet, contexts_and_targets, token_losses, windows
 from plumbing import checks, fast, lists, processes, recipe, report, runs
-from plumbing.cli import NAMES, bounded
+from plumbing.cli import MAX_LENGTH, NAMES, bounded
 from plumbing.processes import log, rank, world_size
 from plumbing.recipe import smooth_targets, truncate
-from sampling import MAX_LENGTH, generate, score
+from sampling import generate, score
 
 VAL_WINDOWS, FINAL_WINDOWS = 25_000, 430_000  # at most: in each validation; of a split at the end
 SCALES = [percent / 100 for percent in range(30, 136, 5)]  # of the logits, for calibrate()
@@ -47,8 +47,7 @@ def minibatches(net, tokens, start, args):
     """
     vocab_size = net.config["vocab_size"]
     # Hidden tokens use WaveNet's extra row; without one they become padding.
-    has_mask = isinstance(net[0], Embedding) and len(net[0].weight) > vocab_size
-    mask = vocab_size if has_mask else 0
+    mask = vocab_size if isinstance(net[0], Embedding) and len(net[0].weight) > vocab_size else 0
     if args.smoothing:
         smoothed = smooth_targets(tokens, vocab_size, args.smoothing).to(args.device)
     # A hundred at once, as the calls take about as long as those for one: with one at a time a step

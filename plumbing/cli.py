@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NAMES, MODEL = os.path.join(HERE, "names.txt"), os.path.join(HERE, "model_state.pth")
 MAX_SIZE, MAX_BLOCK_SIZE = 4096, 1024  # of --n-embd and --n-hidden; of --block-size
+MAX_LENGTH = 1000  # characters of a name; a network that never ends one would go on for ever
 STOP_SIGNALS = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 script = False  # as_script() was called
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.cli import MAX_BLOCK_SIZE, MAX_SIZE
+from plumbing.cli import MAX_BLOCK_SIZE, MAX_LENGTH, MAX_SIZE
 
 SIZES = "vocab_size", "block_size", "n_embd", "n_hidden"  # of a network: its config
 
@@ -121,7 +121,7 @@ def is_plausible(config, metadata, size, build):
     fits = fits and [type(loss) for loss in quantiles if loss >= 0] == [float] * 101
     temperature, lengths = metadata.get("temperature", 1.0), metadata.get("lengths", [1, 1])
     fits = fits and [*map(type, [temperature, lengths, *lengths])] == [float, list, int, int]
-    fits = fits and 0 < temperature <= 1 and 1 <= lengths[0] <= lengths[1] <= 1000
+    fits = fits and 0 < temperature <= 1 and 1 <= lengths[0] <= lengths[1] <= MAX_LENGTH
     if fits and V * (E + H) + 2 * H * (E + H * T.bit_length()) > 2**24:  # or it leaves some unused
         with torch.device("meta"):  # two seconds, but no memory
             fits = sum(weight.numel() for weight in build(**config).parameters()) <= 4 * size

@@ -9,7 +9,7 @@ import os
 import torch
 
 from layers import BatchNorm1d
-from plumbing.cli import log
+from plumbing.cli import MAX_LENGTH, log
 from plumbing.fast import LAYERS, is_stack_of
 from plumbing.files import atomic_write, holds
 
@@ -60,7 +60,7 @@ def write_page(
     *,
     quantiles=None,
     heading=None,
-    lengths=(1, 1000),
+    lengths=(1, MAX_LENGTH),
 ):
     """Fill page.html with the network, and with the list where only new names are wanted.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from model import contexts_and_targets
 from plumbing.lists import key, normalize
-from sampling import generate
+from sampling import MAX_LOGITS, generate
 
 TEMPERATURES, DRAWS = (1.0, 0.9, 0.8, 0.7), 5000  # that may be suggested; names drawn at each
 MAX_SMOOTHED = 2**24  # probabilities in a table of smooth_targets(): 64 MB, 600 while it is made
@@ -99,9 +99,9 @@ def smooth_targets(tokens, vocab_size, share, order=6, discount=0.9):
 
 def length_distance(drawn, names):
     """The total variation between the lengths of the drawn and of the names: 0 where alike."""
-    ours, theirs = Counter(map(len, drawn)), Counter(map(len, names))
     if not drawn:
         return 1.0
+    ours, theirs = Counter(map(len, drawn)), Counter(map(len, names))
     return sum(abs(ours[n] / len(drawn) - theirs[n] / len(names)) for n in ours | theirs) / 2
 
 
@@ -120,7 +120,7 @@ def choose_temperature(net, vocab, names, shortest, longest):
     n, draws = min(DRAWS, 2**19 // longest), {}  # fewer of names that may be very long
     for temperature in TEMPERATURES:
         drawn = []
-        for part in torch.arange(n).split(max(1, 2**22 // len(vocab))):
+        for part in torch.arange(n).split(MAX_LOGITS // len(vocab)):
             drawn += generate(net, vocab, len(part), "", temperature, None, longest)
         draws[temperature] = [name for name in map(normalize, drawn) if len(name) >= shortest]
     every = set(map(key, chain.from_iterable(draws.values())))

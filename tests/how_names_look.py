@@ -4,13 +4,13 @@ python tests/how_names_look.py
 """
 
 import random
-from collections import Counter
 
 import torch
 from kneser_ney import ROOT, KneserNey, split
 
 from model import load, token_losses, windows
 from plumbing.lists import read_names
+from plumbing.recipe import length_distance
 from sampling import generate
 
 N = 10_000
@@ -18,10 +18,8 @@ N = 10_000
 
 def shares(drawn, names, train):
     """Share of new names, share of distinct ones, total variation of the length histograms."""
-    ours, theirs = Counter(map(len, drawn)), Counter(map(len, train))
-    distance = sum(abs(ours[n] / len(drawn) - theirs[n] / len(train)) for n in ours | theirs) / 2
     new = sum(name not in names for name in drawn) / len(drawn)
-    return f"{new:.1%} | {len(set(drawn)) / len(drawn):.1%} | {distance:.3f}"
+    return f"{new:.1%} | {len(set(drawn)) / len(drawn):.1%} | {length_distance(drawn, train):.3f}"
 
 
 def main():

@@ -44,6 +44,15 @@ def network(folder, data, init, seed):
     return out
 
 
+def print_row(cells):
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_heads(columns):
+    print_row(columns)
+    print_row(["---"] * len(columns))
+
+
 def losses_row(data, metadata, counts):
     """Print the losses of a list's networks -> the mean test loss less that of the counts."""
     val, test = ([each["losses"][part] for each in metadata] for part in ("val", "test"))
@@ -51,7 +60,7 @@ def losses_row(data, metadata, counts):
     gain = mean(test) - counts[1]
     cells = [data.stem, f"{counts[0]:.3f} / {counts[1]:.3f}", f"{mean(val):.3f} / {mean(test):.3f}"]
     cells += [f"{min(test):.3f} to {max(test):.3f}", f"{gain:+.3f}", f"{kept:,.0f} of {steps:,}"]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    print_row(cells)
     return gain
 
 
@@ -90,7 +99,7 @@ def looks_row(data, outs, metadata):
     distance, commonest = of_lists(free)
     cells += [distance, share(lambda name: len(name) < shortest, free)]
     cells += [share(lambda name: len(name) > longest, free), commonest]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    print_row(cells)
 
 
 def main():
@@ -110,13 +119,13 @@ def main():
         outs = {data: [run.result() for run in some] for data, some in runs.items()}
     metadata = {data: [load(out)[2] for out in some] for data, some in outs.items()}
     gains = []
-    print(f"| {' | '.join(LOSSES)} |\n|{' --- |' * len(LOSSES)}")
+    print_heads(LOSSES)
     for data in args.lists:
         parts, table = split(read_names(data)), tuned(read_names(data))
         counts = [table.loss(parts[part]) for part in ("val", "test")]
         gains.append(losses_row(data, metadata[data], counts))
     print(f"| mean of {len(gains)} | | | | {mean(gains):+.3f} | |\n")
-    print(f"| {' | '.join(LOOKS)} |\n|{' --- |' * len(LOOKS)}")
+    print_heads(LOOKS)
     for data in args.lists:
         looks_row(data, outs[data], metadata[data])
 
