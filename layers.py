@@ -190,4 +190,5 @@ class CrossEntropyLoss(nn.Module):
 
 def save_for_backward(layer, *tensors):
     """Keep in `layer` what its backward() needs: nothing under autograd or in eval mode."""
-    layer.saved = tensors if layer.training and not torch.is_grad_enabled() else None
+    saved = tensors if layer.training and not torch.is_grad_enabled() else None
+    object.__setattr__(layer, "saved", saved)  # nn.Module's own looks for parameters: slower

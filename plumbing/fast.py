@@ -109,7 +109,7 @@ def backward(net, rows, grad_out):
     """From grad_out = dL/dlogits (B, V) of the last forward(), set .grad of every parameter."""
     levels = list(rows.levels)
     grad_out = sum_uses(grad_out, rows.row_ids, len(levels[-1].weights))
-    for layer in reversed(net):
+    for layer in reversed(list(net)):  # net[i] takes longer: it counts from the first
         grad_out = layer.backward(grad_out)
         if isinstance(layer, FlattenConsecutive):
             children = levels.pop().children
