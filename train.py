@@ -120,9 +120,8 @@ def train(net, average, vocab, data, args, run):
     the second half of the steps and, with --init-from, the weights that training started from.
     """
     parameters = list(net.train().parameters())
-    for module in net.modules():
-        if hasattr(module, "running_mean"):
-            module.momentum = 0.0  # no running statistics: validate() computes the average's
+    for norm in batch_norms(net):
+        norm.momentum = 0.0  # no running statistics: validate() computes the average's
     pretrained = [weight.to(args.device) for weight in run.pretrained]
     weight_decay = recipe.weight_decay(len(data["train"]), args.steps, bool(pretrained))
     eval_every = recipe.eval_every(len(data["val"]), args.steps)
@@ -147,6 +146,11 @@ def train(net, average, vocab, data, args, run):
 
 
 # Measuring
+
+
+def batch_norms(net):
+    """The layers that keep running statistics."""
+    return [each for each in net.modules() if getattr(each, "running_mean", None) is not None]
 
 
 def token_counts(tokens, vocab):
@@ -183,14 +187,12 @@ def recompute_statistics(net, tokens, batches):
     Those from training would belong to the weights before the average: arXiv:1803.05407.
     """
     generator = torch.Generator().manual_seed(0)
-    net.eval()  # no Dropout
-    for module in net.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.train().num_batches_tracked.zero_()
-            module.momentum = None  # the mean of all batches
+    norms = [norm.train() for norm in batch_norms(net.eval())]  # without Dropout
     # A short list has few distinct windows, which need no large batch.
     batch_size = min(8192, max(2048, len(tokens) // 4))
-    for _ in range(batches):
+    for i in range(batches):
+        for norm in norms:
+            norm.momentum = 1 / (i + 1)  # so they become the mean of all batches
         drawn = torch.randint(len(tokens), (batch_size,), generator=generator)
         contexts, _ = contexts_and_targets(tokens[drawn].to(next(net.parameters()).device))
         fast.logits(net, contexts)

@@ -102,9 +102,8 @@ def ours_and_names(block_size, n_embd, n_hidden, dropout, batch_size):
     args = train.build_parser().parse_args(list(map(str, flags)))
     net = WaveNet(len(vocab), block_size, n_embd, n_hidden, args.dropout)
     parameters = list(net.parameters())
-    for module in net.modules():
-        if hasattr(module, "running_mean"):
-            module.momentum = 0.0  # as in train.train()
+    for norm in train.batch_norms(net):
+        norm.momentum = 0.0  # as in train.train()
 
     def ours(steps):
         for rows, targets in islice(train.minibatches(net, window, 0, args), steps):

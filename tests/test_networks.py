@@ -52,6 +52,26 @@ class Attention(nn.Module):
         return scores.softmax(-1) @ v
 
 
+class LectureNorm(nn.Module):
+    """BatchNorm1d as part 3 has it: it counts no batches, and momentum is a number."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
+        self.register_buffer("running_mean", torch.zeros(n))
+        self.register_buffer("running_var", torch.ones(n))
+        self.momentum = 0.1
+
+    def forward(self, x):
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = x.mean(0), x.var(0)
+            with torch.no_grad():
+                self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
+                self.running_var = (1 - self.momentum) * self.running_var + self.momentum * var
+        return self.gamma * (x - mean) / torch.sqrt(var + 1e-5) + self.beta
+
+
 def levels(T, E, H, tanh, last):
     layers, n = [], E
     for _ in range(T.bit_length() - 1):
@@ -72,6 +92,13 @@ NETWORKS = {  # of V, T, E, H: the layers; the block size
         lambda V, T, E, H: [
             *(nn.Embedding(V, E), nn.Flatten(), nn.Linear(T * E, H, bias=False)),
             *(nn.BatchNorm1d(H), nn.Tanh(), nn.Linear(H, V), nn.BatchNorm1d(V)),
+        ],
+        3,
+    ),
+    "MLP, its own BatchNorm1d": (
+        lambda V, T, E, H: [
+            *(Embedding(V, E), nn.Flatten(), Linear(T * E, H, bias=False), LectureNorm(H)),
+            *(Tanh(), Linear(H, V)),
         ],
         3,
     ),
