@@ -18,7 +18,7 @@ from model import load, token_losses, windows
 from plumbing import fast, lists
 from plumbing.cli import MAX_LENGTH, MODEL, bounded, log
 from plumbing.files import check_output
-from plumbing.filters import apart, check_flags, check_start, fitting, read_known
+from plumbing.filters import apart, capitals_hint, check_flags, check_start, fitting, read_known
 from plumbing.lists import composed, key, normalize
 from plumbing.page import is_page, write_page
 
@@ -26,7 +26,6 @@ BATCH = 20_000  # names drawn at once; 8,192 would take a tenth more time, 40,00
 MAX_LOGITS = 2**22  # for them: with a large alphabet fewer names are drawn at once
 MAX_MISSES = 10**6  # draws in a row that find nothing, after which it gives up
 PAUSE = 2  # seconds until it says how many were found
-CAPITALS = "; capitals count in --match"
 POOLS = 20, 100  # --best looks at so many times the names asked for; then at more, if too few
 
 
@@ -183,7 +182,7 @@ def sample_matching(args, net, vocab, known, n):
                 if args.new:
                     refused.add(key(name))
                 yield name
-        hint = "" if found or args.match.lower() == args.match.upper() else CAPITALS
+        hint = "" if found else capitals_hint(args.match, names)
         if time.monotonic() - begin > pause:
             log(f"{found:,} of {n:,} names found among {drawn:,} drawn{hint}")
             pause *= 2
@@ -199,7 +198,7 @@ def print_best(args, net, vocab, known):
     for pool in POOLS:
         names = list(dict.fromkeys(sample_matching(args, net, vocab, known, n * pool)))
         best = apart((name for _, name in sorted(zip(score(net, vocab, names), names))), n)
-        if len(best) == n:
+        if len(best) == n or len(names) < n * pool:  # or no more are to be found
             break
     for name in best:
         print(name)

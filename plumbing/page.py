@@ -79,10 +79,11 @@ def write_page(
     network["id"] = hashlib.sha256(json.dumps(network).encode()).hexdigest()[:12]
     network |= {"title": title, "heading": heading, "temperature": temperature}
     network |= {"minLength": lengths[0], "maxLength": lengths[1], "quantiles": quantiles}
+    said = f"; it holds the list of {len(names):,} names: mind who may see it" if names else ""
     if names:
-        log(f"the page holds the list of {len(names):,} names: mind who may see it")
         names = base64.b64encode(gzip.compress("\n".join(names).encode(), mtime=0)).decode()
     network["names"] = names
     filled = json.dumps(network).replace("<", "\\u003c")  # no text in it ends the script
     page = f'{before}id="network">{filled}<{after}'
     atomic_write(path, page.encode(), own=f".{os.getpid()}")
+    log(f"written: {path}, to be opened in a browser{said}")

@@ -59,7 +59,7 @@ def validation(run, names):
     best, name = run.best, "".join(names[:1])
     message = f"val {run.curves['val'][-1][1]:.3f} "
     if best["loss"] < math.inf:
-        message += f"(best {best['loss']:.3f} at {best['step']:,}) "
+        message += f"(best {best['loss']:.3f} at step {best['step']:,}) "
     if run.bar.disable:
         return log(f"step {run.step:,} of {run.args.steps:,}: {message}{name}")
     room = shutil.get_terminal_size().columns - len(message) - 2 * len(str(run.args.steps)) - 30
@@ -93,14 +93,15 @@ def plot(path, title, curves, kept, steps):
     atomic_write(path, buffer.getvalue())
 
 
-def likeness(drawn, names):
+def likeness(drawn, names, temperature):
     """In words: how many of the drawn are in the list, and how many one edit from a name of it."""
     drawn, keys = list(map(lists.key, drawn)), set(map(lists.key, names))
     chars, known = set(chain.from_iterable(keys)), sum(name in keys for name in drawn)
     near = sum(name not in keys and is_one_edit_away(name, keys, chars) for name in drawn)
     shares = [f"{100 * count / max(1, len(drawn)):.0f} %" for count in (known, near)]
-    what = f"of {len(drawn):,} names drawn, {shares[0]} are in the list"
-    return f"{what} and {shares[1]} one edit from a name of it"
+    what = f"of {len(drawn):,} names drawn at temperature {temperature:g}"
+    what += f", {shares[0]} are in the list (--new leaves them out)"
+    return f"{what} and {shares[1]} one edit from a name of it (--min-edits 2, these too)"
 
 
 def next_commands(args, out, net, metadata):
@@ -118,7 +119,8 @@ def next_commands(args, out, net, metadata):
     commands = [[*model, *kind, *known * bool(recorded), *usual] for kind in kinds]
     if is_stack_of(net, LAYERS):
         page = (args.out or "names.pth").removesuffix(".pth") + ".html"
-        commands.append([*model, "--page", cli.as_value(page)])
+        kind = ["--new", *known] if recorded else []
+        commands.append([*model, "--page", cli.as_value(page), *kind])
     return [cli.command("sampling.py", *words) for words in commands]
 
 
@@ -135,7 +137,7 @@ def finished(run, net, losses, scale, metadata, drawn, names):
     print("  ".join(f"{part:>6}" for part in losses))
     print("  ".join(f"{loss:6.4f}" for loss in losses.values()))
     print(f"kept: averaged weights of step {kept:,}, logits scaled by {scale:.2f}")
-    print(likeness(drawn[:1000], names))
+    print(likeness(drawn[:1000], names, metadata["temperature"]))
     print("\n".join(drawn[:10]))
     print(f"written: {written}\nnext:")
     commands = next_commands(args, run.setup.out, net, metadata)

@@ -240,7 +240,7 @@ def test_other_letters_are_pointed_out(tmp_path):
     assert forked(train.main, *args).returncode == 0
     own = "--model", tmp_path / "own.pth", "-n", 3
     process = forked(sampling.main, *own, "--start", "gal")
-    assert process.stderr.startswith("no name begins with gal: did you mean --start Gal?\n")
+    assert process.stderr.startswith("no name of the list begins with gal: did you mean --start Gal?\n")
     assert len(process.stdout.split()) == 3
     assert "did you mean" not in forked(sampling.main, *own, "--start", "Gal").stderr
 
@@ -250,6 +250,10 @@ def test_a_pattern_that_finds_nothing_says_that_capitals_count(tiny, monkeypatch
     args = "--model", tiny / "model.pth", "--match"
     assert "capitals count" in forked(sampling.main, *args, "^Jo").stderr
     assert "capitals count" not in forked(sampling.main, *args, "^0").stderr
+    process = forked(sampling.main, *args, "a", "--min-length", 900)  # not the pattern's fault
+    assert process.returncode == 1 and "capitals count" not in process.stderr
+    process = forked(sampling.main, *args, "^0", "--best", "-n", 2)
+    assert process.stderr.count("drawn") == 1  # it has given up once
 
 
 @pytest.mark.parametrize(
