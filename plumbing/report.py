@@ -1,7 +1,6 @@
 """What a training says and draws."""
 
 import io
-import math
 import os
 import shutil
 import sys
@@ -58,7 +57,7 @@ def validation(run, names):
     """
     best, name = run.best, "".join(names[:1])
     message = f"val {run.curves['val'][-1][1]:.3f} "
-    if best["loss"] < math.inf:
+    if best["step"]:  # not before the second half
         message += f"(best {best['loss']:.3f} at step {best['step']:,}) "
     if run.bar.disable:
         return log(f"step {run.step:,} of {run.args.steps:,}: {message}{name}")
