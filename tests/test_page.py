@@ -305,13 +305,18 @@ def test_the_shipped_page_is_small_and_quick(shipped, visit, tmp_path):
     assert (tmp_path / "page.html").stat().st_size < 800_000
     page = visit(path)
     session = page.context.new_cdp_session(page)
-    session.send(
-        "Performance.enable", {"timeDomain": "threadTicks"}
-    )  # processor time, not the clock's
+    # Processor time, not the clock's; and beside that of a plain loop, as processors differ.
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def seconds():
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        return {metric["name"]: metric["value"] for metric in metrics}["TaskDuration"]
+
     page.reload()
     page.wait_for_selector("#tree span")
-    metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
-    assert 0 < metrics["TaskDuration"] < 0.5
+    ours = seconds()
+    page.evaluate("() => { let x = 0; for (let i = 0; i < 1e9; i++) x += i * 1.5; return x; }")
+    assert 0 < ours < seconds() - ours
     assert page.evaluate("performance.getEntriesByName('first names').length") == 1
 
 
@@ -1208,7 +1213,7 @@ def test_heading_and_lengths(visit, tmp_path):
     assert {len(name) for name in names_on(page)} <= {3, 4, 5, 6}
     write_page(wavenet(end=1.0), LETTERS, path)
     page = visit(path)
-    assert page.inner_text("h1") == "Names" == page.title()  # without a list none is known to be new
+    assert page.inner_text("h1") == "Names" == page.title()  # which are new is not known
     write_page(wavenet(end=1.0), LETTERS, path, ["abc"])
     page = visit(path)
     assert page.inner_text("h1") == "New names" == page.title()

@@ -240,7 +240,7 @@ def test_other_letters_are_pointed_out(tmp_path):
     assert forked(train.main, *args).returncode == 0
     own = "--model", tmp_path / "own.pth", "-n", 3
     process = forked(sampling.main, *own, "--start", "gal")
-    assert process.stderr.startswith("no name of the list begins with gal: did you mean --start Gal?\n")
+    assert process.stderr.startswith("no listed name begins with gal: did you mean --start Gal?\n")
     assert len(process.stdout.split()) == 3
     assert "did you mean" not in forked(sampling.main, *own, "--start", "Gal").stderr
 

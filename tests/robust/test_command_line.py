@@ -52,7 +52,7 @@ def test_results_go_to_stdout_and_all_else_to_stderr(folder, trained):
     heading, header, losses, kept, likeness, *names = process.stdout.splitlines()[:15]
     assert heading == "loss in nats per character" and header.split() == ["train", "val", "test"]
     assert all(float(loss) < 2 for loss in losses.split()) and len(names) == 10
-    assert likeness.startswith("of 1,000 names drawn at temperature ") and " % one edit from" in likeness
+    assert likeness.startswith("of 1,000 names drawn at ") and "% one edit from" in likeness
     assert "names" in process.stderr and "val" in process.stderr
     assert result(folder) == result(trained)  # in a new process as in a fork
     typed = process.stdout.split("next:\n")[1].splitlines()  # the commands to type next
